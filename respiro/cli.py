@@ -1,0 +1,275 @@
+"""The command line: ``respiro demo | fit | validate | test | predict | data | audit``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from respiro import __version__
+from respiro.errors import RespiroError
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "demo": "write a synthetic data set, train on it for a minute, and show the report",
+    "fit": "train a method on a data set, from a YAML config or from options",
+    "validate": "score a checkpoint on the validation side",
+    "test": "score a checkpoint on the test side, with intervals, groups and figures",
+    "predict": "classify sound files with a checkpoint",
+    "data": "show and check a data set on disk, or download it",
+    "audit": "show what the sides of a split share: patients, takes, identical sound, devices",
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command; exit with 2 and one clear message on anything a user can mend."""
+    argv = list(sys.argv[1:] if args is None else args)
+    parser = argparse.ArgumentParser(
+        prog="respiro",
+        description="Respiratory-sound classification with honest evaluation.",
+        epilog="commands:\n" + "".join(f"  {name:9} {text}\n" for name, text in COMMANDS.items())
+        + "\n'respiro COMMAND --help' shows the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"respiro {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    chosen = parser.parse_args(argv[:1] or ["--help"])
+    run: dict[str, Callable[[list[str]], None]] = {
+        "demo": _demo,
+        "fit": _fit,
+        "validate": lambda rest: _score(rest, "val"),
+        "test": lambda rest: _score(rest, "test"),
+        "predict": _predict,
+        "data": _data,
+        "audit": _audit,
+    }
+    try:
+        run[chosen.command](argv[1:])
+    except (RespiroError, ValueError) as error:
+        print(f"respiro {chosen.command}: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"respiro {command}", description=COMMANDS[command].capitalize() + ".")
+
+
+def _demo(argv: list[str]) -> None:
+    parser = _parser("demo")
+    parser.add_argument("--output", default="respiro_demo", help="folder for data, checkpoint and report (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=8, help="training epochs (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data, the split and the training (%(default)s)")
+    options = parser.parse_args(argv)
+
+    from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from respiro.datamodules import ICBHIDataModule
+    from respiro.datasets import write_synthetic_icbhi
+    from respiro.evaluation import evaluate
+    from respiro.methods import SoundClassifier
+    from respiro.models import CNN6
+
+    started = time.perf_counter()
+    output = Path(options.output)
+    seed_everything(options.seed, verbose=False)
+    root = write_synthetic_icbhi(output / "synthetic_icbhi", seed=options.seed)
+    data = ICBHIDataModule(root, batch_size=16, duration=4.0, seed=options.seed)
+    best = ModelCheckpoint(output / "checkpoints", monitor="val_score", mode="max", enable_version_counter=False)
+    trainer = Trainer(
+        max_epochs=options.epochs,
+        accelerator="auto",
+        devices=1,
+        callbacks=[best],
+        logger=False,
+        default_root_dir=output,
+        enable_model_summary=False,
+    )
+    trainer.fit(SoundClassifier(CNN6()), datamodule=data)
+    model = SoundClassifier.load_from_checkpoint(best.best_model_path, weights_only=True)
+    report = evaluate(model, data, output_dir=output / "report")
+    print(f"\n{report}\n")
+    print(f"Synthetic sounds: these scores say that the installation works, nothing about patients. "
+          f"{time.perf_counter() - started:.0f} s in all.")
+    print(f"Report and figures: {output / 'report'}\nCheckpoint: {best.best_model_path}")
+
+
+def _fit(argv: list[str]) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    import respiro.losses
+    import respiro.models
+    import respiro.transforms  # noqa: F401  (its classes may then be named shortly)
+    from respiro.datamodules.base import RespiratoryDataModule
+    from respiro.methods import SoundClassifier
+
+    class FitCLI(LightningCLI):
+        """LightningCLI with one subcommand, and labels that follow the data set."""
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+            parser.set_defaults({"checkpoint.monitor": "val_score", "checkpoint.mode": "max", "checkpoint.save_last": True})
+            backbone = {"class_path": "respiro.models.CNN6"}
+            parser.set_defaults({"model": {"class_path": "respiro.methods.SoundClassifier", "init_args": {"backbone": backbone}}})
+            parser.link_arguments("data.classes", "model.init_args.classes", apply_on="instantiate")
+            parser.link_arguments("data.scoring", "model.init_args.scoring", apply_on="instantiate")
+
+        def after_fit(self) -> None:
+            checkpoint: Any = self.trainer.checkpoint_callback
+            if self.trainer.is_global_zero and checkpoint.best_model_path:
+                print(f"\nbest {checkpoint.monitor} {checkpoint.best_model_score:.4f}: {checkpoint.best_model_path}")
+                print(f"to score it on the test side: respiro test {checkpoint.best_model_path}")
+
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it is how a command is passed on
+    FitCLI(
+        SoundClassifier,
+        RespiratoryDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        # Our checkpoints describe themselves; with this on, Lightning would write its own, other form into them.
+        load_from_checkpoint_support=False,
+        save_config_kwargs={"overwrite": True},
+        args=["fit", *argv],
+    )
+
+
+def _score(argv: list[str], side: str) -> None:
+    """Restore the model; take the data from the checkpoint's record wherever the options leave it open."""
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import Trainer
+
+    from respiro.datamodules.base import RespiratoryDataModule
+    from respiro.evaluation import evaluate
+    from respiro.methods._checkpoint import RECORD, read_checkpoint, restore
+
+    command = "test" if side == "test" else "validate"
+    parser = ArgumentParser(prog=f"respiro {command}", description=COMMANDS[command].capitalize() + ".")
+    parser.add_argument("checkpoint", type=str, help="what 'respiro fit' wrote")
+    parser.add_argument("--output", type=str, help="folder for the report (default: 'report_SIDE' beside the checkpoint)")
+    parser.add_subclass_arguments(RespiratoryDataModule, "data", required=False, help="default: as in training")
+    parser.add_class_arguments(Trainer, "trainer")
+    parser.set_defaults({"trainer.logger": False, "trainer.devices": 1})
+    if argv and not argv[0].startswith("-"):
+        data = read_checkpoint(argv[0])[RECORD].get("data")
+        if data:
+            parser.set_defaults(data=data)
+    options = parser.parse_args(argv)
+    parts = parser.instantiate_classes(options)
+    if parts.data is None:
+        raise ValueError("the checkpoint does not say on which data it was trained; name it: --data ICBHIDataModule --data.root ...")
+    model = restore(options.checkpoint)
+    run = parts.trainer.test if side == "test" else parts.trainer.validate
+    run(model, datamodule=parts.data, verbose=False)
+    if parts.trainer.is_global_zero:
+        output = Path(options.output or Path(options.checkpoint).parent / f"report_{side}")
+        print(f"\n{evaluate(model, parts.data, split=side, output_dir=output)}\n\nreport and figures: {output}")
+
+
+def _predict(argv: list[str]) -> None:
+    parser = _parser("predict")
+    parser.add_argument("checkpoint", help="what 'respiro fit' wrote")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="sound files of any length")
+    parser.add_argument(
+        "--cycles",
+        metavar="TXT",
+        help="start and end (s) of each cycle, one a line, in the first two columns (ICBHI's annotation form); "
+        "without it the file is cut into windows",
+    )
+    parser.add_argument("--output", metavar="CSV", help="write the table there instead of printing it")
+    options = parser.parse_args(argv)
+
+    import pandas as pd
+
+    from respiro.methods._checkpoint import restore
+
+    cycles = _read_cycles(options.cycles) if options.cycles else None
+    model = restore(options.checkpoint)
+    result = pd.concat([model.predict(name, cycles).assign(file=name) for name in options.files], ignore_index=True)
+    result.insert(0, "file", result.pop("file"))
+    if options.output:
+        result.to_csv(options.output, index=False)
+    else:
+        print(result.to_string(index=False, float_format="{:.3f}".format))
+
+
+def _read_cycles(path: str) -> list[tuple[float, float]]:
+    cycles = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        fields = line.split()
+        try:
+            cycles += [(float(fields[0]), float(fields[1]))] if fields else []
+        except (ValueError, IndexError):
+            raise ValueError(f"{path}, line {number}: expected start and end in seconds, got {line!r}") from None
+    return cycles
+
+
+def _data_parser(command: str) -> argparse.ArgumentParser:
+    parser = _parser(command)
+    parser.add_argument("dataset", choices=("icbhi", "sprsound"), help="which data set")
+    parser.add_argument("root", help="its folder")
+    parser.add_argument("--partial", action="store_true", help="go on with fewer recordings than published")
+    parser.add_argument("--any-encoding", action="store_true", help="accept files that are not mono PCM as published")
+    return parser
+
+
+def _open(options: argparse.Namespace, download: bool = False) -> Any:
+    from respiro.datasets import ICBHI, SPRSound
+
+    kind = {"icbhi": ICBHI, "sprsound": SPRSound}[options.dataset]
+    return kind(
+        options.root,
+        split="all",
+        partial=options.partial,
+        any_encoding=options.any_encoding,
+        download=download,
+        **({"task": options.task} if getattr(options, "task", None) else {}),
+        **({"labels": options.labels} if getattr(options, "labels", None) else {}),
+    )
+
+
+def _data(argv: list[str]) -> None:
+    parser = _data_parser("data")
+    parser.add_argument("--labels", help="ICBHI: 4-class, 2-class, diagnosis or diagnosis-2-class")
+    parser.add_argument("--task", help="SPRSound: 1-1, 1-2, 2-1, 2-2, icbhi4 or icbhi2")
+    parser.add_argument("--download", action="store_true", help="fetch the official files that are missing")
+    options = parser.parse_args(argv)
+    data = _open(options, options.download)
+    data.summary()
+    if data.partial:
+        print("PARTIAL: not checked against the published counts")
+    else:
+        data.verify()
+        print("every count and digest is as published")
+
+
+def _audit(argv: list[str]) -> None:
+    parser = _data_parser("audit")
+    parser.add_argument("--protocol", default="official", help="how the sides are made (%(default)s)")
+    parser.add_argument("--val-fraction", type=float, default=0.15, help="held out of train by patient (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
+    options = parser.parse_args(argv)
+
+    from respiro.splits import audit_leakage, split_cycles
+
+    data = _open(options)
+    tests = ("test",) if options.dataset == "icbhi" else ("inter", "intra")
+    for test in tests:
+        split = split_cycles(data.cycles, options.protocol, options.val_fraction, options.seed, test_splits=(test,))
+        sides = {"train": split.train, "validation": split.val, test: split.test}
+        pairs = [("train", test), ("validation", test)] + ([("train", "validation")] if test == tests[0] else [])
+        for one, other in pairs:
+            print(f"\n== {split.name}: {one} against {other}" + (" == LEAKY PROTOCOL" if split.leaky else ""))
+            tables = [data.cycles.loc[sides[name]] for name in (one, other)]
+            print(audit_leakage(*tables, recordings=data.recordings))

@@ -1,0 +1,151 @@
+"""Parts that remember how they were built, so that a checkpoint holds plain data only.
+
+A :class:`Component` records its constructor arguments. :func:`describe` turns a part into
+``{"class_path": ..., "init_args": ...}``, the form LightningCLI uses, and :func:`build` makes the part again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+from typing_extensions import Self
+
+from respiro.errors import CheckpointError
+
+__all__ = ["Backbone", "Component", "Loss", "Transform", "build", "class_path", "describe"]
+
+Spec = dict[str, Any]
+Part = TypeVar("Part", bound=nn.Module)
+_PLAIN = (str, int, float, bool, type(None))
+
+
+class Component(nn.Module):
+    """Module that remembers the arguments it was built with.
+
+    Arguments must be plain data (numbers, strings, booleans, ``None``, lists or dicts of them) or components.
+
+    Example:
+        >>> class Scale(Component):
+        ...     def __init__(self, factor: float = 2.0) -> None:
+        ...         super().__init__()
+        >>> Scale().init_args
+        {'factor': 2.0}
+    """
+
+    init_args: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Record the arguments, defaults included: a default that changes later must not change an old checkpoint."""
+        self = super().__new__(cls)
+        # Partial, because copy.deepcopy and pickle call cls.__new__(cls) before they restore the state.
+        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = {name: value for name, value in list(bound.arguments.items())[1:]}
+        object.__setattr__(self, "init_args", arguments)
+        return self
+
+    def spec(self) -> Spec:
+        """Return ``{"class_path", "init_args"}``, the form LightningCLI uses."""
+        return {
+            "class_path": class_path(type(self)),
+            "init_args": {name: _plain(value, f"{type(self).__name__}.{name}") for name, value in self.init_args.items()},
+        }
+
+
+class Backbone(Component):
+    """Encoder: features ``(B, T, F)`` to embeddings ``(B, num_features)``."""
+
+    num_features: int
+
+
+class Transform(Component):
+    """Feature extraction or augmentation on batches: waveforms ``(B, S)`` or features ``(B, T, F)``."""
+
+
+class Loss(Component):
+    """Training objective that returns a scalar."""
+
+    def use_class_counts(self, counts: Sequence[int]) -> None:
+        """Receive the class counts of the train split before training; most losses need none."""
+
+
+def describe(part: nn.Module) -> Spec:
+    """Return the plain-data description of *part*.
+
+    A module that respiro did not write is described by its name alone; :func:`build` then asks for it.
+    """
+    return part.spec() if isinstance(part, Component) else {"class_path": class_path(type(part))}
+
+
+def build(part: Any, kind: type[Part], argument: str) -> Part:
+    """Return *part* as it is if it is a module, else build it from its description.
+
+    Args:
+        part: A module, or what :func:`describe` returned.
+        kind: The class the part must have when it is built from a description.
+        argument: Name under which a caller can pass the part by hand; used in messages.
+
+    Raises:
+        CheckpointError: If the description names a class that respiro did not write, that does not exist, or that
+            cannot be built with these arguments.
+        TypeError: If *part* is neither a module nor a description.
+    """
+    if isinstance(part, nn.Module):
+        return part  # type: ignore[return-value]  # a foreign module may stand in for any kind
+    if not isinstance(part, Mapping) or "class_path" not in part:
+        raise TypeError(f"{argument} must be a {kind.__name__} or another torch module, got {part!r}")
+    path = str(part["class_path"])
+    if path.split(".")[0] != "respiro":
+        raise CheckpointError(
+            f"the checkpoint names {path!r}, which respiro did not write; "
+            f"build it yourself and pass it: load_from_checkpoint(path, {argument}=...)"
+        )
+    module_name, _, class_name = path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError):
+        raise CheckpointError(
+            f"the checkpoint names {path!r}, which this version of respiro does not have; "
+            f"install the version that wrote it, or pass the part: load_from_checkpoint(path, {argument}=...)"
+        ) from None
+    if not (isinstance(cls, type) and issubclass(cls, kind)):
+        raise CheckpointError(f"the checkpoint names {path!r} as {argument}, which is not a {kind.__name__}")
+    init_args = {name: _rebuild(value, name) for name, value in part.get("init_args", {}).items()}
+    try:
+        return cls(**init_args)
+    except TypeError as error:
+        raise CheckpointError(f"{path} cannot be built from the checkpoint: {error}") from error
+
+
+def class_path(cls: type) -> str:
+    """Return the name under which *cls* can be imported: the public one if it has one, which outlives its module."""
+    package = ".".join(cls.__module__.split(".")[:2])
+    public = getattr(sys.modules.get(package), cls.__name__, None) is cls
+    return f"{package if public else cls.__module__}.{cls.__qualname__}"
+
+
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, Component):
+        return value.spec()
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, where) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, where) for item in value]
+    raise CheckpointError(f"{where} holds a {type(value).__name__}, which a checkpoint cannot hold; pass plain data")
+
+
+def _rebuild(value: Any, argument: str) -> Any:
+    if isinstance(value, Mapping) and "class_path" in value:
+        return build(value, Component, argument)
+    if isinstance(value, Mapping):
+        return {key: _rebuild(item, argument) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rebuild(item, argument) for item in value]
+    return value

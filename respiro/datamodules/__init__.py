@@ -1,0 +1,9 @@
+"""LightningDataModules that carry their protocol record."""
+
+from respiro.datamodules.icbhi import ICBHIDataModule
+from respiro.datamodules.sprsound import SPRSoundDataModule
+
+__all__ = [
+    "ICBHIDataModule",
+    "SPRSoundDataModule",
+]

@@ -1,0 +1,173 @@
+"""What every datamodule does: hold validation out by patient, keep the test side shut, and write down the protocol."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch.utils.data import DataLoader
+
+from respiro import __version__, splits
+from respiro.datasets import RespiratoryDataset
+from respiro.datasets.base import CODED
+
+__all__ = ["Loader", "RespiratoryDataModule"]
+
+SelectOn = Literal["val", "test"]
+Loader = DataLoader[Any]
+
+
+class RespiratoryDataModule(LightningDataModule):
+    """Train, validation and test sides of one data set, under one recorded protocol.
+
+    Subclasses give :meth:`dataset`. Validation is held out of train by patient. The test side is read by ``test``
+    alone, unless ``select_on="test"``: then the whole train side is trained on, the test side stands in for the
+    validation side, and the protocol says so wherever it goes.
+
+    Attributes:
+        protocol: Plain-data record of split, labels, selection rule, seed and counts; known after :meth:`setup`.
+        classes: Class names in the order of their labels.
+        class_counts: Train cycles of each class; known after ``setup("fit")``.
+        scoring: ``"icbhi"`` or ``"sprsound"``: which score belongs to these labels.
+    """
+
+    train_set: RespiratoryDataset
+    val_set: RespiratoryDataset
+    test_set: RespiratoryDataset
+    #: Values of the split column that form the test side.
+    test_splits: tuple[str, ...] = ("test",)
+    scoring: Literal["icbhi", "sprsound"] = "icbhi"
+    classes: tuple[str, ...]
+    #: Patient to fold, where the data set has published ones; else folds are drawn.
+    folds: Mapping[str, int] | None = None
+
+    def __init__(
+        self,
+        *,
+        protocol: str,
+        batch_size: int,
+        val_fraction: float,
+        select_on: SelectOn,
+        seed: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction!r}")
+        if select_on not in ("val", "test"):
+            raise ValueError(f"select_on must be 'val' or 'test', got {select_on!r}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {num_workers!r}")
+        self.split_protocol = protocol
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.select_on = select_on
+        self.seed = seed
+        self.num_workers = num_workers
+        self.protocol: dict[str, Any] = {}
+
+    @abstractmethod
+    def dataset(self, download: bool = False) -> RespiratoryDataset:
+        """Read the tables of every split; with *download*, fetch what is missing first."""
+
+    @abstractmethod
+    def label_map(self) -> str:
+        """Name of the label map, for the protocol record."""
+
+    def prepare_data(self) -> None:
+        """Download if asked to, and resample every cycle once (one process of each node)."""
+        self.dataset(download=True).prepare()
+
+    @cached_property
+    def _all(self) -> RespiratoryDataset:
+        return self.dataset()
+
+    @cached_property
+    def split(self) -> splits.Split:
+        """Row labels of the three sides, under the chosen protocol."""
+        val_fraction = self.val_fraction if self.select_on == "val" else 0.0
+        folds = self.folds if self.split_protocol.startswith("patient-fold") else None
+        return splits.split_cycles(
+            self._all.cycles, self.split_protocol, val_fraction, self.seed, self.test_splits, folds
+        )
+
+    def setup(self, stage: str) -> None:
+        """Read the tables and build only the sides that *stage* needs; called on every process."""
+        if stage in {"fit", "validate"}:
+            self.train_set = self._all.subset(self.split.train)
+            self.val_set = self._all.subset(self.split.test if self.select_on == "test" else self.split.val)
+            if stage == "validate" and not len(self.val_set):
+                raise ValueError("there is no validation side: val_fraction is 0")
+        if stage in {"test", "predict"}:
+            self.test_set = self._all.subset(self.split.test)
+        if not self.protocol:
+            self.protocol = self._record()
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Train cycles of each class."""
+        return self._all.subset(self.split.train).class_counts
+
+    def _record(self) -> dict[str, Any]:
+        data = self._all
+        return {
+            "dataset": type(data).__name__,
+            "protocol": self.split.name,
+            "labels": self.label_map(),
+            "classes": list(data.classes),
+            "scoring": self.scoring,
+            "test_splits": list(self.test_splits),
+            "select_on": self.select_on,
+            "val_fraction": self.val_fraction if self.select_on == "val" else 0.0,
+            "seed": self.seed,
+            "partial": bool(getattr(data, "partial", False)),
+            "left_out_by_labels": len(data.left_out),
+            "audio": {
+                "sample_rate": data.sample_rate,
+                "duration": data.duration,
+                "pad": data.pad,
+                "fade": data.fade,
+                "resample": data.resample,
+            },
+            "vocabularies": {name: list(data.vocabularies[name]) for name in CODED if name != "patient"},
+            **self.split.describe(data.cycles),
+            "respiro": __version__,
+        }
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled train side; the last, smaller batch is kept."""
+        return DataLoader(self.train_set, shuffle=True, **self._loading(self.train_set))
+
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """Validation side in order, or nothing where ``val_fraction`` is 0."""
+        return self._evaluation_loader(self.val_set) if len(self.val_set) else []
+
+    def test_dataloader(self) -> Loader:
+        """Test side in order."""
+        return self._evaluation_loader(self.test_set)
+
+    predict_dataloader = test_dataloader
+
+    def _evaluation_loader(self, data: RespiratoryDataset) -> Loader:
+        trainer = self.trainer
+        sampler = None
+        if trainer is not None and trainer.world_size > 1:
+            # Lightning's own sampler repeats cycles until every process has as many; they would be counted twice.
+            sampler = UnrepeatedDistributedSampler(
+                data, num_replicas=trainer.world_size, rank=trainer.global_rank, shuffle=False
+            )
+        return DataLoader(data, sampler=sampler, shuffle=False, **self._loading(data))
+
+    def _loading(self, data: RespiratoryDataset) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        }

@@ -1,0 +1,111 @@
+"""SPRSound for a Lightning ``Trainer``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from respiro.audio import Pad
+from respiro.datamodules.base import RespiratoryDataModule, SelectOn
+from respiro.datasets import SPRSound
+from respiro.datasets.base import Fade
+from respiro.datasets.sprsound import CLASSES, Task
+
+__all__ = ["SPRSoundDataModule"]
+
+
+class SPRSoundDataModule(RespiratoryDataModule):
+    """SPRSound: a challenge task, validation held out of train by patient.
+
+    Args:
+        root: Folder of the database, in any of the layouts that :class:`respiro.datasets.SPRSound` reads.
+        task: ``"1-1"``, ``"1-2"`` (events), ``"2-1"``, ``"2-2"`` (records), or a label map on events: ``"icbhi4"``,
+            ``"icbhi2"``.
+        year: Release whose test side is used.
+        test_side: ``"inter"`` (unseen children), ``"intra"`` (other recordings of the train children), or
+            ``"both"``; reports then give the two apart as well.
+        batch_size: Cycles per batch and process.
+        val_fraction: Share of the train side held out for validation, by patient; in [0, 1).
+        select_on: ``"val"``, or ``"test"``, which is stamped on every result.
+        seed: Chooses the validation patients.
+        num_workers: Loader processes; reading is cheap, 0 is enough without a GPU.
+        sample_rate: Hz.
+        duration: Seconds of every waveform.
+        pad: ``"repeat"``, ``"zero"`` or ``"reflect"``.
+        fade: ``"recording"``, ``"cycle"`` or ``"none"``.
+        resample: ``"recording"`` or ``"cycle"``.
+        rhonchi_stridor: Under ``task="icbhi4"``: count them as ``"wheeze"``, or ``"drop"`` them.
+        partial: Go on with fewer recordings than published; every result is then marked partial.
+        any_encoding: Accept files that are not mono PCM as published.
+        download: Fetch what is missing.
+        cache_dir: Where resampled cycles are kept.
+
+    Raises:
+        ValueError: If an argument has no meaning.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        task: Task = "1-1",
+        year: int = 2022,
+        test_side: Literal["inter", "intra", "both"] = "both",
+        batch_size: int = 32,
+        val_fraction: float = 0.15,
+        select_on: SelectOn = "val",
+        seed: int = 0,
+        num_workers: int = 0,
+        sample_rate: int = 16000,
+        duration: float = 8.0,
+        pad: Pad = "repeat",
+        fade: Fade = "recording",
+        resample: Literal["recording", "cycle"] = "recording",
+        rhonchi_stridor: Literal["wheeze", "drop"] = "wheeze",
+        partial: bool = False,
+        any_encoding: bool = False,
+        download: bool = False,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__(
+            protocol="official",
+            batch_size=batch_size,
+            val_fraction=val_fraction,
+            select_on=select_on,
+            seed=seed,
+            num_workers=num_workers,
+        )
+        if test_side not in ("inter", "intra", "both"):
+            raise ValueError(f"test_side must be 'inter', 'intra' or 'both', got {test_side!r}")
+        root = str(root)  # a Path among the hyperparameters would keep the checkpoint from loading safely
+        self.save_hyperparameters()
+        if task not in CLASSES:
+            raise ValueError(f"task must be one of {', '.join(map(repr, CLASSES))}, got {task!r}")
+        self.classes = CLASSES[task]
+        sides = ("inter", "intra") if test_side == "both" else (test_side,)
+        self.test_splits = sides if year == 2022 else ("test",)
+        self.scoring = "icbhi" if task.startswith("icbhi") else "sprsound"
+
+    def dataset(self, download: bool = False) -> SPRSound:
+        """Read the tables of every side."""
+        h = self.hparams
+        return SPRSound(
+            h["root"],
+            split="all",
+            task=h["task"],
+            year=h["year"],
+            sample_rate=h["sample_rate"],
+            duration=h["duration"],
+            pad=h["pad"],
+            fade=h["fade"],
+            resample=h["resample"],
+            rhonchi_stridor=h["rhonchi_stridor"],
+            partial=h["partial"],
+            any_encoding=h["any_encoding"],
+            download=download and h["download"],
+            cache_dir=h["cache_dir"],
+        )
+
+    def label_map(self) -> str:
+        """Name of the task or label map, with its policy where it has one."""
+        task = str(self.hparams["task"])
+        return f"{task} (rhonchi and stridor: {self.hparams['rhonchi_stridor']})" if task == "icbhi4" else f"task {task}"

@@ -1,0 +1,247 @@
+"""What every respiratory-sound data set offers: two tables, fixed-length waveforms, counts and a self-check."""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from typing import Any, ClassVar, Literal, TypedDict
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from typing_extensions import Self
+
+from respiro import audio
+from respiro.errors import AudioError, LabelError
+from respiro.store import WaveformStore
+
+__all__ = ["Batch", "RespiratoryDataset"]
+
+Fade = Literal["recording", "cycle", "none"]
+#: Metadata columns that every sample carries as an integer, -1 where unknown.
+CODED = ("patient", "device", "location", "sex", "age_group")
+#: What the recordings were published as; anything else was converted by somebody.
+PUBLISHED_ENCODINGS = frozenset({"PCM_16", "PCM_24"})
+
+
+class Batch(TypedDict):
+    """One collated batch of ``B`` cycles, each fitted to ``S`` samples."""
+
+    waveform: Tensor  #: (B, S) float32 in [-1, 1]
+    label: Tensor  #: (B,) int64
+    index: Tensor  #: (B,) int64, row label in the cycles table
+    length: Tensor  #: (B,) int64, samples before padding
+    patient: Tensor  #: (B,) int64; like the other metadata, -1 = unknown
+    device: Tensor
+    location: Tensor
+    sex: Tensor
+    age_group: Tensor
+    quality: Tensor  #: (B,) float32, NaN = not computed
+
+
+class RespiratoryDataset(Dataset[dict[str, Tensor]]):
+    """Cycles of a respiratory-sound data set: tables, and one fixed-length waveform per row.
+
+    Subclasses read their files into two tables and hand them over; everything else is shared. A *cycle* is the unit
+    of classification: a breath cycle, an annotated event, or a whole recording.
+
+    Args:
+        recordings: One row a recording, all splits: ``recording`` (name), ``path``, ``patient``, ``device``,
+            ``location``, ``take`` (equal for simultaneous recordings), ``sex``, ``age`` (years), ``age_group``,
+            ``split``, ``sample_rate`` (Hz), ``frames``, ``channels``, ``encoding``, and whatever else is known.
+        cycles: One row a cycle, all splits: ``recording``, ``cycle`` (position in its recording), ``start`` and
+            ``end`` (s), ``label`` (-1 = left out by the label map), and more. Columns of *recordings* are joined.
+        classes: Class names in the order of their labels.
+        vocabularies: For each of ``patient``, ``device``, ``location``, ``sex``, ``age_group``, the known values in
+            the order of their codes.
+        splits: Values of the ``split`` column whose rows form this data set.
+        sample_rate: Of the waveforms, Hz.
+        duration: Of every waveform, seconds. Longer cycles keep their first *duration* seconds.
+        pad: How a shorter cycle is filled: see :func:`respiro.audio.fit_length`.
+        fade: Linear fades of 1/16 s: at both ends of the whole ``"recording"`` (Patch-Mix), of each ``"cycle"``
+            (SCL), or ``"none"``.
+        resample: ``"recording"`` resamples, then cuts (Patch-Mix); ``"cycle"`` cuts, then resamples (SCL).
+        cache_dir: Where resampled cycles are kept; default as in :class:`respiro.store.WaveformStore`.
+        any_encoding: Accept files that are not mono 16- or 24-bit PCM; stereo is then averaged.
+
+    Raises:
+        ValueError: If an argument has no meaning.
+        AudioError: If a file is not in the published form and *any_encoding* is false.
+    """
+
+    #: How seconds become sample positions: see :meth:`respiro.store.WaveformStore.open`.
+    rounding: ClassVar[Literal["truncate", "milliseconds"]] = "truncate"
+
+    def __init__(
+        self,
+        recordings: pd.DataFrame,
+        cycles: pd.DataFrame,
+        *,
+        classes: tuple[str, ...],
+        vocabularies: dict[str, tuple[str, ...]],
+        splits: tuple[str, ...],
+        sample_rate: int = 16000,
+        duration: float = 8.0,
+        pad: audio.Pad = "repeat",
+        fade: Fade = "recording",
+        resample: Literal["recording", "cycle"] = "recording",
+        cache_dir: str | None = None,
+        any_encoding: bool = False,
+    ) -> None:
+        _check_arguments(sample_rate, duration, pad, fade, resample)
+        if not any_encoding:
+            _check_encoding(recordings)
+        self.classes = classes
+        self.vocabularies = vocabularies
+        self.sample_rate = sample_rate
+        self.duration = duration
+        self.pad: audio.Pad = pad
+        self.fade: Fade = fade
+        self.resample: Literal["recording", "cycle"] = resample
+        self.cache_dir = cache_dir
+        self.all_recordings = recordings
+        shared = [column for column in recordings.columns if column not in cycles.columns and column not in _FILE_COLUMNS]
+        self.all_cycles = cycles.merge(recordings[["recording", *shared]], on="recording", how="left", validate="m:1")
+        self.all_cycles["quality"] = np.float32("nan")
+        self.all_cycles["class"] = pd.Categorical.from_codes(self.all_cycles["label"], list(classes)).astype(object)
+        chosen = self.all_cycles["split"].isin(splits) & (self.all_cycles["label"] >= 0)
+        self._rows = np.flatnonzero(chosen)
+
+    @cached_property
+    def cycles(self) -> pd.DataFrame:
+        """One row a cycle of this data set; the row labels are those of the whole table (batch key ``index``)."""
+        return self.all_cycles.iloc[self._rows]
+
+    @cached_property
+    def recordings(self) -> pd.DataFrame:
+        """One row for each recording that has a cycle here."""
+        return self.all_recordings[self.all_recordings["recording"].isin(self.cycles["recording"].unique())]
+
+    @property
+    def left_out(self) -> pd.DataFrame:
+        """Cycles that the label map leaves out, of every split."""
+        return self.all_cycles[self.all_cycles["label"] < 0]
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Number of cycles of each class."""
+        return np.bincount(self.cycles["label"], minlength=len(self.classes)).tolist()
+
+    def subset(self, index: np.ndarray | pd.Index) -> Self:
+        """Return this data set with only the cycles of these row labels, in this order."""
+        other = copy.copy(self)
+        for cached in ("cycles", "recordings", "_columns"):
+            other.__dict__.pop(cached, None)
+        other._rows = self.all_cycles.index.get_indexer(index)
+        if (other._rows < 0).any():
+            raise LabelError(f"row {np.asarray(index)[other._rows < 0][0]} is not in the cycles table")
+        return other
+
+    @cached_property
+    def store(self) -> WaveformStore:
+        """Every cycle of every split, resampled, on disk; built at the first use."""
+        paths = self.all_recordings.set_index("recording")["path"]
+        segments = self.all_cycles[["start", "end"]].assign(path=self.all_cycles["recording"].map(paths))
+        return WaveformStore.open(
+            segments, self.sample_rate, resample=self.resample, rounding=self.rounding, cache_dir=self.cache_dir
+        )
+
+    def prepare(self) -> None:
+        """Build the store now if it is not there yet."""
+        _ = self.store
+
+    def waveform(self, row: int) -> np.ndarray:
+        """Return cycle *row* (0 to len - 1) faded but neither cut nor padded: ``(samples,)`` float32."""
+        cycle = self.store[int(self._rows[row])]
+        if self.fade == "none":
+            return np.array(cycle.samples)
+        begin, total = (cycle.begin, cycle.total) if self.fade == "recording" else (0, len(cycle.samples))
+        return audio.fade(cycle.samples, self._fade_samples, begin=begin, total=total)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        """Return one sample: the keys of :class:`Batch`, without the batch dimension."""
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"cycle {row} of {len(self)}")
+        samples = self.waveform(row)
+        size = round(self.duration * self.sample_rate)
+        fade_out = 0 if self.fade == "none" else self._fade_samples
+        sample = {"waveform": torch.from_numpy(audio.fit_length(samples, size, self.pad, fade_out))}
+        sample |= {name: column[row] for name, column in self._columns.items()}
+        return sample | {"length": torch.tensor(min(len(samples), size))}
+
+    @property
+    def _fade_samples(self) -> int:
+        return self.sample_rate // 16
+
+    @cached_property
+    def _columns(self) -> dict[str, Tensor]:
+        cycles = self.cycles
+        columns = {name: torch.from_numpy(self.codes(name)) for name in CODED}
+        columns["label"] = torch.tensor(cycles["label"].to_numpy("int64"))
+        columns["index"] = torch.tensor(cycles.index.to_numpy("int64"))
+        columns["quality"] = torch.tensor(cycles["quality"].to_numpy("float32"))
+        return columns
+
+    def codes(self, column: str) -> np.ndarray:
+        """Return a metadata column as int64 codes, -1 where unknown: ``(len(self),)``."""
+        known = list(self.vocabularies[column])
+        return pd.Categorical(self.cycles[column], categories=known).codes.astype("int64")
+
+    def counts(self) -> pd.DataFrame:
+        """Return recordings, patients and cycles, in all and by class, for each split and each device in it."""
+        table = self.all_cycles[self.all_cycles["label"] >= 0]
+        blocks = [("all", "all", table)]
+        for split, side in table.groupby("split", sort=False):
+            blocks.append((str(split), "all", side))
+            if len(self.vocabularies["device"]) > 1:
+                blocks += [(str(split), str(device), part) for device, part in side.groupby("device")]
+        rows = []
+        for split, device, part in blocks:
+            by_class = np.bincount(part["label"], minlength=len(self.classes))
+            row: dict[str, Any] = {"split": split, "device": device}
+            row |= {"recordings": part["recording"].nunique(), "patients": part["patient"].nunique()}
+            row |= {"cycles": len(part)} | dict(zip(self.classes, by_class.tolist(), strict=True))
+            rows.append(row)
+        return pd.DataFrame(rows).set_index(["split", "device"])
+
+    def summary(self) -> None:
+        """Print the counts per split, class and device."""
+        print(f"{type(self).__name__}: {len(self.all_recordings)} recordings, {len(self.all_cycles)} cycles")
+        print(self.counts().to_string())
+        if len(self.left_out):
+            print(f"left out by the label map: {len(self.left_out)} cycles")
+
+
+_FILE_COLUMNS = ("path", "frames", "channels", "encoding", "duration")
+
+
+def _check_arguments(sample_rate: int, duration: float, pad: str, fade: str, resample: str) -> None:
+    if sample_rate < 1000:
+        raise ValueError(f"sample_rate must be at least 1000 Hz, got {sample_rate!r}")
+    if not 0 < duration < float("inf"):
+        raise ValueError(f"duration must be positive seconds, got {duration!r}")
+    for name, value, allowed in (
+        ("pad", pad, ("repeat", "zero", "reflect")),
+        ("fade", fade, ("recording", "cycle", "none")),
+        ("resample", resample, ("recording", "cycle")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if fade == "recording" and resample == "cycle":
+        raise ValueError("fade='recording' needs resample='recording': a cycle resampled alone has no recording to fade")
+
+
+def _check_encoding(recordings: pd.DataFrame) -> None:
+    odd = recordings[(recordings["channels"] != 1) | ~recordings["encoding"].isin(PUBLISHED_ENCODINGS)]
+    if len(odd):
+        first = odd.iloc[0]
+        raise AudioError(
+            f"{len(odd)} of {len(recordings)} recordings are not mono 16- or 24-bit PCM as published (first: "
+            f"{first['path']}, {first['channels']} channels, {first['encoding']}). Fetch the original files, or pass "
+            f"any_encoding=True to read them as they are, stereo averaged."
+        )

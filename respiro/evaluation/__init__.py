@@ -1,0 +1,11 @@
+"""From a trained model to a score with its uncertainty and its protocol."""
+
+from respiro.evaluation.evaluate import Evaluation, evaluate
+from respiro.evaluation.statistics import bootstrap_by_patient, compare_paired
+
+__all__ = [
+    "Evaluation",
+    "bootstrap_by_patient",
+    "compare_paired",
+    "evaluate",
+]

@@ -1,0 +1,230 @@
+"""Cross-entropy fine-tuning: the base that the other methods build on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from typing_extensions import Self
+
+from respiro import __version__
+from respiro.component import Backbone, Component, Loss, Transform, build, class_path, describe
+from respiro.errors import LabelError
+from respiro.losses import CrossEntropy
+from respiro.methods._checkpoint import RECORD, read_checkpoint
+from respiro.methods import _optim
+from respiro.methods._optim import Optimizer, Schedule
+from respiro.methods._predict import AUDIO, predict_dataset, predict_file, table
+from respiro.metrics._counts import metrics_for
+from respiro.models import LinearHead
+from respiro.transforms import LogMelSpectrogram
+
+__all__ = ["SoundClassifier"]
+
+
+class SoundClassifier(LightningModule):
+    """Features, augmentation, backbone, head and loss, trained with cross-entropy by default.
+
+    The checkpoint carries all of it as plain data, the preprocessing and the protocol included: restoring needs
+    ``load_from_checkpoint(path, weights_only=True)`` and nothing else, and :meth:`predict` needs nothing but sound.
+
+    Args:
+        backbone: Encoder of features ``(B, T, F)`` to embeddings ``(B, D)``.
+        classes: Class names in the order of their labels; give ``datamodule.classes`` for anything but ICBHI's four.
+        features: Front end on waveforms ``(B, S)``; default :class:`respiro.transforms.LogMelSpectrogram`.
+        augment: Augmentation of features, while training only; default none.
+        head: Embeddings to logits ``(B, C)``; default :class:`respiro.models.LinearHead`.
+        loss: Default :class:`respiro.losses.CrossEntropy` with weights balanced by the train counts.
+        scoring: ``"icbhi"`` or ``"sprsound"``: which score is logged as ``val_score`` and ``test_score``.
+        optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"`` (momentum 0.9, Nesterov).
+        lr: Peak learning rate.
+        weight_decay: As the optimiser defines it.
+        schedule: ``"cosine"`` to 1 % of *lr* over the whole training, or ``"constant"``; set every step.
+        warmup: Share of the training over which the learning rate rises linearly to *lr*; in [0, 1).
+
+    Raises:
+        ValueError: If an argument has no meaning.
+        CheckpointError: When restoring, if a part was not written by respiro and was not passed.
+
+    Example:
+        >>> from respiro.models import CNN6
+        >>> model = SoundClassifier(CNN6())
+        >>> model(torch.zeros(2, 16000)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classes: Sequence[str] = ("normal", "crackle", "wheeze", "both"),
+        features: Transform | None = None,
+        augment: Transform | None = None,
+        head: Component | None = None,
+        loss: Loss | None = None,
+        scoring: Literal["icbhi", "sprsound"] = "icbhi",
+        optimizer: Optimizer = "adam",
+        lr: float = 1e-3,
+        weight_decay: float = 1e-4,
+        schedule: Schedule = "cosine",
+        warmup: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _optim.check(optimizer, lr, weight_decay, schedule, warmup)
+        self.classes = tuple(classes)
+        self.backbone = build(backbone, Backbone, "backbone")
+        self.features = build(features or LogMelSpectrogram(), Transform, "features")
+        self.augment = nn.Identity() if augment is None else build(augment, Transform, "augment")
+        self.head = build(head or LinearHead(self.backbone.num_features, len(self.classes)), Component, "head")
+        self.loss = build(loss or CrossEntropy(weight="balanced"), Loss, "loss")
+        self.optimizer = optimizer
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.warmup = warmup
+        metrics = metrics_for(scoring, self.classes)
+        self.val_metrics: MetricCollection = metrics.clone(prefix="val_")
+        self.test_metrics: MetricCollection = metrics.clone(prefix="test_")
+        # A metric, because Lightning's own mean over processes is off where they hold different numbers of cycles.
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        #: Protocol record of the data the model was trained on; empty before training.
+        self.protocol: dict[str, Any] = {}
+        self.save_hyperparameters(
+            {
+                "backbone": describe(self.backbone),
+                "classes": list(self.classes),
+                "features": describe(self.features),
+                "augment": None if augment is None else describe(self.augment),
+                "head": describe(self.head),
+                "loss": describe(self.loss),
+                "scoring": scoring,
+                "optimizer": optimizer,
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "schedule": schedule,
+                "warmup": warmup,
+            }
+        )
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        """Return logits ``(B, C)`` of waveforms ``(B, S)``."""
+        logits: Tensor = self.head(self.backbone(self.features(waveform)))
+        return logits
+
+    def setup(self, stage: str) -> None:
+        """Check that the labels fit, and learn the protocol and the class counts from the datamodule."""
+        data = getattr(self.trainer, "datamodule", None)
+        classes = getattr(data, "classes", self.classes)
+        if tuple(classes) != self.classes:
+            raise LabelError(
+                f"the data set has classes {list(classes)}, the model {list(self.classes)}; "
+                f"build the model with {type(self).__name__}(..., classes=datamodule.classes)"
+            )
+        if stage == "fit" and data is not None:
+            self.protocol = dict(getattr(data, "protocol", {}))
+            if isinstance(self.loss, Loss) and hasattr(data, "class_counts"):
+                self.loss.use_class_counts(data.class_counts)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        x = self.augment(self.features(batch["waveform"]))
+        loss: Tensor = self.loss(self.head(self.backbone(x)), batch["label"])
+        self.log("train_loss", loss, batch_size=len(x), on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log ``val_loss``, ``val_score`` and its rates."""
+        self._evaluation_step(batch, "val", self.val_metrics, self.val_loss)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log ``test_loss``, ``test_score`` and its rates."""
+        self._evaluation_step(batch, "test", self.test_metrics, self.test_loss)
+
+    def _evaluation_step(
+        self, batch: Mapping[str, Tensor], stage: str, metrics: MetricCollection, mean_loss: MeanMetric
+    ) -> None:
+        logits = self(batch["waveform"])
+        mean_loss.update(self.loss(logits, batch["label"]), weight=len(logits))
+        metrics.update(logits, batch["label"])
+        self.log(f"{stage}_loss", mean_loss, batch_size=len(logits), on_step=False, on_epoch=True)
+        self.log_dict(dict(metrics), batch_size=len(logits), on_step=False, on_epoch=True, prog_bar=stage == "val")
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Return class probabilities ``(B, C)``."""
+        return self(batch["waveform"]).float().softmax(dim=1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimiser and its schedule over the whole training."""
+        return _optim.configure(self)
+
+    @torch.inference_mode()
+    def predict(self, x: Any, cycles: Sequence[tuple[float, float]] | None = None) -> pd.DataFrame:
+        """Classify a batch, a data set, or a sound file.
+
+        Args:
+            x: Waveforms ``(B, S)`` or ``(S,)`` at the model's sampling rate, a batch with the key ``waveform``, a
+                :class:`respiro.datasets.RespiratoryDataset`, or the path of a sound file of any length.
+            cycles: Start and end of each cycle in the file, seconds; without it the file is cut into windows of the
+                training duration, one after the other.
+
+        Returns:
+            One row a cycle: ``prediction`` (class name), ``p_<class>`` for each class; for a data set also its
+            metadata, for a file ``start`` and ``end`` in seconds.
+
+        Raises:
+            AudioError: If the file cannot be read.
+            ValueError: If a cycle does not lie within the file, or *x* is none of the above.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            if isinstance(x, str | Path):
+                return predict_file(self, x, cycles)
+            if isinstance(x, Mapping):
+                return table(self._probabilities(x["waveform"]), self.classes)
+            if isinstance(x, Tensor):
+                return table(self._probabilities(x if x.ndim == 2 else x[None]), self.classes)
+            if hasattr(x, "cycles") and hasattr(x, "__getitem__"):
+                return predict_dataset(self, x)
+        finally:
+            self.train(was_training)
+        raise ValueError(f"predict takes waveforms, a batch, a data set or the path of a sound file, got {type(x).__name__}")
+
+    def _probabilities(self, waveform: Tensor) -> Tensor:
+        return self(waveform.to(self.device)).float().softmax(dim=1).cpu()
+
+    @property
+    def audio(self) -> dict[str, Any]:
+        """How the training cycles were read: sampling rate, duration, padding, fades."""
+        default = AUDIO | {"sample_rate": getattr(self.features, "sample_rate", AUDIO["sample_rate"])}
+        return default | dict(self.protocol.get("audio", {}))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write what is needed to restore the model, and the protocol it was trained under."""
+        data = getattr(self.trainer, "datamodule", None)
+        checkpoint[RECORD] = {
+            "version": __version__,
+            "class_path": class_path(type(self)),
+            "protocol": self.protocol,
+            "data": data and {"class_path": class_path(type(data)), "init_args": dict(data.hparams)},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the protocol record."""
+        self.protocol = dict(checkpoint.get(RECORD, {}).get("protocol", {}))
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Restore a model; parts that respiro did not write are passed by name.
+
+        Raises:
+            CheckpointError: If the file is not one of ours, or names a part that only its author can build.
+        """
+        read_checkpoint(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[no-any-return, misc]

@@ -1,0 +1,321 @@
+"""The waveform cache: every cycle of a data set, resampled once, in one memory-mapped file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import platformdirs
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from respiro import audio
+from respiro.errors import AnnotationError, AudioError, StoreError
+
+__all__ = ["Cycle", "WaveformStore"]
+
+Resample = Literal["recording", "cycle"]
+Rounding = Literal["truncate", "milliseconds"]
+
+#: To be raised when the content or the form of the files changes: a new number makes new keys, and so new stores.
+_FORMAT = 1
+#: One row a cycle; the cycles lie in the file one after the other.
+_INDEX = np.dtype([("length", "<i8"), ("begin", "<i8"), ("total", "<i8"), ("crc32", "<u4")])
+_SAMPLE_BYTES = 4
+_WAY_OUT = "Set the environment variable RESPIRO_CACHE, or pass cache_dir, to name another folder."
+
+
+class Cycle(NamedTuple):
+    """One stored cycle, and where it stood in its recording."""
+
+    samples: np.ndarray  #: (n,) float32, a read-only view of the file, neither faded nor padded
+    begin: int  #: position in the resampled recording; 0 if cycles were resampled one by one
+    total: int  #: samples of the resampled recording; ``len(samples)`` if cycles were resampled one by one
+
+
+class WaveformStore:
+    """Cycles on disk, read through a memory map.
+
+    Get one with :meth:`open`. Indexing gives a :class:`Cycle`. A pickled store carries its folder only and is opened
+    anew where it is unpickled, so all workers share the pages of one file.
+
+    Args:
+        folder: A finished store.
+
+    Raises:
+        StoreError: If the folder is not a whole store of this version.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._index, self._samples = _load(self.folder)
+        self._stops = np.cumsum(self._index["length"])
+
+    @classmethod
+    def open(
+        cls,
+        segments: pd.DataFrame,
+        sample_rate: int,
+        *,
+        resample: Resample = "recording",
+        rounding: Rounding = "truncate",
+        cache_dir: str | Path | None = None,
+        progress: bool = True,
+    ) -> WaveformStore:
+        """Open the store of these segments, and build it first if it is not there.
+
+        The build uses all cores. One process builds; others that want the same store wait for it. A build that fails
+        or is killed leaves nothing that could be taken for a store.
+
+        Args:
+            segments: One row a cycle, with ``path`` (sound file), ``start`` and ``end`` (s). Row *i* becomes cycle
+                *i*; the end is clipped to the recording.
+            sample_rate: Of the stored cycles, Hz.
+            resample: ``"recording"`` resamples the whole recording, then cuts (Bae et al., 2023); ``"cycle"`` cuts at
+                the rate of the file, then resamples (Moummad & Farrugia, 2023).
+            rounding: How seconds become samples: ``"truncate"`` is ``int(t * rate)``, ``"milliseconds"`` is
+                ``round(t * 1000) * rate // 1000``.
+            cache_dir: Folder of all caches; by default the environment variable ``RESPIRO_CACHE``, else the user's
+                cache folder.
+            progress: Show a progress bar while building.
+
+        Raises:
+            AudioError: If a sound file cannot be used.
+            AnnotationError: If a segment makes no sense or holds no samples.
+            StoreError: If the cache cannot be written, or is damaged.
+            ValueError: If an argument has no meaning.
+        """
+        _check_arguments(segments, sample_rate, resample, rounding)
+        request = _Request.of(segments, int(sample_rate), resample, rounding)
+        caches = cache_dir or os.environ.get("RESPIRO_CACHE") or platformdirs.user_cache_dir("respiro")
+        folder = Path(caches).expanduser() / "waveforms" / request.key()
+        _ensure(request, folder, progress)
+        return cls(folder)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, row: int) -> Cycle:
+        length, begin, total, _ = self._index[row].item()
+        stop = int(self._stops[row])
+        return Cycle(self._samples[stop - length : stop], begin, total)
+
+    def __iter__(self) -> Iterator[Cycle]:
+        return (self[row] for row in range(len(self)))
+
+    def __reduce__(self) -> tuple[type[WaveformStore], tuple[Path]]:
+        return type(self), (self.folder,)
+
+    def verify(self) -> None:
+        """Compare every cycle with its checksum.
+
+        Raises:
+            StoreError: If a cycle differs.
+        """
+        for row, expected in enumerate(self._index["crc32"]):
+            if zlib.crc32(self[row].samples.data) != expected:
+                raise _damaged(self.folder, f"cycle {row} does not match its checksum")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a store is to hold: everything that shapes its content."""
+
+    paths: list[str]  #: recordings in order of appearance
+    recording: np.ndarray  #: (n,) position in *paths*
+    start: np.ndarray  #: (n,) seconds
+    end: np.ndarray  #: (n,) seconds
+    sample_rate: int
+    resample: Resample
+    rounding: Rounding
+
+    @classmethod
+    def of(cls, segments: pd.DataFrame, sample_rate: int, resample: Resample, rounding: Rounding) -> _Request:
+        recording, paths = pd.factorize(segments["path"].astype(str))
+        start, end = (segments[column].to_numpy("float64") for column in ("start", "end"))
+        request = cls(list(paths), recording, start, end, sample_rate, resample, rounding)
+        request.check((start >= 0) & (end > start) & np.isfinite(end), "is not a span of time")
+        return request
+
+    def key(self) -> str:
+        """Return the name of the store. The folder of the recordings does not matter; which files they are does."""
+        stats = [audio.file_stat(path) for path in self.paths]
+        files = [(Path(path).name, s.st_size, s.st_mtime_ns) for path, s in zip(self.paths, stats, strict=True)]
+        digest = hashlib.sha256(json.dumps([_FORMAT, self.sample_rate, self.resample, self.rounding, files]).encode())
+        for column in (self.recording.astype("<i8"), self.start.astype("<f8"), self.end.astype("<f8")):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
+    def positions(self, rates: np.ndarray) -> np.ndarray:
+        """Return the samples where each cycle begins and ends: ``(n, 2)``."""
+        seconds, rates = np.stack([self.start, self.end], axis=1), rates[:, None]
+        if self.rounding == "milliseconds":
+            return np.asarray(np.rint(seconds * 1000).astype(np.int64) * rates // 1000)
+        return np.asarray((seconds * rates).astype(np.int64))
+
+    def check(self, good: np.ndarray, problem: str) -> None:
+        if not good.all():
+            row = int(np.argmin(good))
+            where = f"{self.paths[self.recording[row]]}: segment {row} ({self.start[row]} s to {self.end[row]} s)"
+            raise AnnotationError(f"{where} {problem}. Correct the annotation, or leave the segment out.")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where each cycle is cut and how long it becomes: known from the headers, before a sample is read."""
+
+    request: _Request
+    cuts: np.ndarray  #: (n, 2) samples of the recording, resampled or not, where each cycle begins and ends
+    index: np.ndarray  #: (n,) as stored; the checksums are filled in while the cycles are written
+    offsets: np.ndarray  #: (n,) bytes before each cycle in the file
+    size: int  #: bytes of the file
+
+    @classmethod
+    def of(cls, request: _Request) -> _Plan:
+        headers = [audio.read_header(path) for path in request.paths]
+        several = [path for path, header in zip(request.paths, headers, strict=True) if header.channels > 1]
+        if several:
+            message = f"{len(several)} of {len(headers)} recordings have several channels, which are averaged"
+            warnings.warn(f"{message} (first: {several[0]})", UserWarning, stacklevel=4)  # seen from open's caller
+        whole = request.resample == "recording"
+        rates = np.array([header.sample_rate for header in headers])[request.recording]
+        frames = np.array([header.frames for header in headers])[request.recording]
+        new_rates = np.full_like(rates, request.sample_rate)
+        if whole:
+            frames, rates = audio.resampled_length(frames, rates, new_rates), new_rates
+        cuts = np.minimum(request.positions(rates), frames[:, None])
+        length = cuts[:, 1] - cuts[:, 0]
+        request.check(length > 0, "holds no samples of its recording")
+        index = np.zeros(len(cuts), dtype=_INDEX)
+        index["length"] = audio.resampled_length(length, rates, new_rates)
+        index["begin"] = cuts[:, 0] if whole else 0
+        index["total"] = frames if whole else index["length"]
+        stops = _SAMPLE_BYTES * np.cumsum(index["length"])
+        return cls(request, cuts, index, stops - _SAMPLE_BYTES * index["length"], int(stops[-1]))
+
+    def write_recording(self, recording: int, rows: np.ndarray, file: Path) -> None:
+        """Write the cycles of one recording to their places; several threads do so at once."""
+        path, new_rate = self.request.paths[recording], self.request.sample_rate
+        whole = self.request.resample == "recording"
+        waveform, header = audio.decode(path)
+        rate = header.sample_rate
+        if whole:
+            waveform = audio.resample(waveform, rate, new_rate)
+        # Written, not mapped: on a full disk that is an error, where a memory map would kill the process.
+        with file.open("r+b") as stream:
+            for row in rows:
+                cycle = waveform[slice(*self.cuts[row])]
+                cycle = cycle if whole else audio.resample(cycle, rate, new_rate)
+                if len(cycle) != self.index["length"][row]:
+                    raise AudioError(f"{path}: changed while it was read. Start again when the file is complete.")
+                self.index["crc32"][row] = zlib.crc32(cycle.data)
+                stream.seek(self.offsets[row])
+                stream.write(cycle.data)
+
+
+def _ensure(request: _Request, folder: Path, progress: bool) -> None:
+    """Build *folder* if it is not there, and no other process builds it while this one waits."""
+    try:
+        if folder.exists():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                _write(_Plan.of(request), folder, progress)
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"the waveform cache cannot be written to {folder.parent}: {error}. {_WAY_OUT}") from error
+
+
+def _write(plan: _Plan, folder: Path, progress: bool) -> None:
+    """Write a store beside *folder*, and give it its name when it is whole."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a builder that was killed: a living one would hold the lock
+    free = shutil.disk_usage(folder.parent).free
+    room = f"the waveform cache in {folder.parent} needs {plan.size:,} bytes, {free:,} are free"
+    if free < plan.size:
+        raise StoreError(f"{room}. Make room, or go elsewhere. {_WAY_OUT}")
+    try:
+        partial.mkdir()
+        _write_samples(plan, partial / "samples.f32", progress)
+        np.save(partial / "index.npy", plan.index)
+        settings = {name: getattr(plan.request, name) for name in ("sample_rate", "resample", "rounding")}
+        meta = {"format": _FORMAT, **settings, "index_crc32": zlib.crc32(plan.index.tobytes())}
+        (partial / "meta.json").write_text(json.dumps(meta))
+        partial.rename(folder)
+    except OSError as error:
+        raise StoreError(f"{room}, and writing failed: {error}. {_WAY_OUT}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is there any more if all went well
+
+
+def _write_samples(plan: _Plan, file: Path, progress: bool) -> None:
+    recording = plan.request.recording
+    rows = np.split(np.argsort(recording, kind="stable"), np.cumsum(np.bincount(recording))[:-1])
+    bar = tqdm(total=len(recording), desc=f"preparing {len(recording)} cycles", unit="cycle", disable=not progress)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # each of our threads would start as many of torch's
+    try:
+        with file.open("wb") as stream, bar, ThreadPoolExecutor(cores) as pool:
+            stream.truncate(plan.size)
+            writing = pool.map(plan.write_recording, range(len(rows)), rows, [file] * len(rows))
+            for written, _ in zip(rows, writing, strict=True):
+                bar.update(len(written))
+            os.fsync(stream.fileno())  # a power cut must not leave a store of the right size full of zeros
+    finally:
+        torch.set_num_threads(torch_threads)
+
+
+def _load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return index and samples of a finished store."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        index = np.load(folder / "index.npy")
+        samples = np.asarray(np.memmap(folder / "samples.f32", dtype="<f4", mode="r"))
+    except FileNotFoundError as error:
+        raise _damaged(folder, f"{Path(error.filename).name} is missing") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(folder, f"{error}") from error
+    version = meta.get("format") if isinstance(meta, dict) else None
+    if version != _FORMAT:
+        raise _damaged(folder, f"it has format {version!r}, this version of respiro reads {_FORMAT}")
+    if index.dtype != _INDEX or zlib.crc32(index.tobytes()) != meta.get("index_crc32"):
+        raise _damaged(folder, "index.npy does not match its checksum")
+    if len(samples) != index["length"].sum():
+        raise _damaged(folder, f"samples.f32 has {len(samples)} samples instead of {index['length'].sum()}")
+    return index, samples
+
+
+def _damaged(folder: Path, why: str) -> StoreError:
+    return StoreError(
+        f"the waveform cache {folder} cannot be used: {why}. Delete that folder; it is rebuilt at the next start."
+    )
+
+
+def _check_arguments(segments: pd.DataFrame, sample_rate: int, resample: str, rounding: str) -> None:
+    if missing := {"path", "start", "end"} - set(segments.columns):
+        raise ValueError(f"segments must have the columns path, start and end, {', '.join(sorted(missing))} is missing")
+    if segments.empty:
+        raise ValueError("segments must have at least one row")
+    if sample_rate < 1:
+        raise ValueError(f"sample_rate must be positive, got {sample_rate!r}")
+    for name, value, allowed in (
+        ("resample", resample, ("recording", "cycle")),
+        ("rounding", rounding, ("truncate", "milliseconds")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

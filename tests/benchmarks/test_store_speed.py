@@ -1,0 +1,155 @@
+"""Speed and memory of the waveform cache on all 6,898 ICBHI cycles (4 kHz copy), against keeping everything in RAM.
+
+Run with ``pytest -m benchmark -s tests/benchmarks/test_store_speed.py``. Each row is a process of its own, which this
+file becomes when it is run as a script. The sound files are in the page cache of the system from the second row on.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+
+RATE = 16000
+SIZE = 8 * RATE
+
+
+@pytest.mark.benchmark
+def test_store_speed(
+    shared: Callable[[str], Path], tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "benchmark" not in request.config.getoption("markexpr"):
+        pytest.skip("takes minutes; run with -m benchmark -s")
+    segments = read_segments(shared("data/icbhi_4k") / "ICBHI_final_database")
+    segments.to_pickle(tmp_path / "segments.pickle")
+    rows = {
+        "plain: read, resample, cut, pad, keep in RAM": measure("plain", tmp_path),
+        "plain, and a Kaldi fbank per clip, kept in RAM": measure("plain_fbank", tmp_path),
+        "store: cold build": measure("build", tmp_path),
+        "store: warm open": measure("warm", tmp_path),
+        "store: warm open, then one pass (fade, fit)": measure("sweep", tmp_path),
+        "store: verify": measure("verify", tmp_path),
+    }
+    with capsys.disabled():
+        print(f"\n{len(segments)} cycles of {segments['path'].nunique()} recordings, {psutil.cpu_count()} cores")
+        print(pd.DataFrame(rows).T.to_string(float_format="{:.3f}".format))
+
+
+def read_segments(folder: Path) -> pd.DataFrame:
+    names = ["start", "end", "crackle", "wheeze"]
+    tables = [
+        pd.read_csv(path, sep="\t", names=names).assign(path=str(path.with_suffix(".flac")))
+        for path in sorted(folder.glob("*.txt"))
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def measure(work: str, folder: Path) -> dict[str, float]:
+    """Run one of the functions below in a fresh process."""
+    done = subprocess.run([sys.executable, __file__, work, str(folder)], stdout=subprocess.PIPE, check=True)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ in a fresh process
+
+
+def plain(segments: pd.DataFrame, folder: Path, features: bool = False) -> Any:
+    import soundfile
+    import torch
+    import torchaudio
+
+    kept = []
+    resamplers: dict[int, torch.nn.Module] = {}
+    for path, spans in segments.groupby("path", sort=False):
+        samples, rate = soundfile.read(path, dtype="float32")
+        resampler = resamplers.setdefault(rate, torchaudio.transforms.Resample(rate, RATE))
+        recording = resampler(torch.from_numpy(samples))
+        for start, end in zip(spans["start"], spans["end"], strict=True):
+            cycle = recording[int(start * RATE) : int(end * RATE)]
+            clip = cycle.repeat(-(-SIZE // len(cycle)))[None, :SIZE]
+            options = {"sample_frequency": RATE, "window_type": "hanning", "num_mel_bins": 128, "htk_compat": True}
+            kept.append(torchaudio.compliance.kaldi.fbank(clip, **options) if features else clip.clone())
+    return kept
+
+
+def plain_fbank(segments: pd.DataFrame, folder: Path) -> Any:
+    return plain(segments, folder, features=True)
+
+
+def build(segments: pd.DataFrame, folder: Path) -> Any:
+    from respiro.store import WaveformStore
+
+    return WaveformStore.open(segments, RATE, cache_dir=folder, progress=False)
+
+
+warm = build  # the second time, the store is there
+
+
+def sweep(segments: pd.DataFrame, folder: Path) -> Any:
+    from respiro import audio
+
+    store = build(segments, folder)
+    total = 0.0
+    for samples, begin, length in store:
+        clip = audio.fit_length(audio.fade(samples, RATE // 16, begin, length), SIZE, "repeat", RATE // 16)
+        total += float(clip[-1])
+    return total
+
+
+def verify(segments: pd.DataFrame, folder: Path) -> Any:
+    build(segments, folder).verify()
+
+
+@contextmanager
+def peak_of_own_memory(result: dict[str, float]) -> Iterator[None]:
+    """Watch the memory that no file backs (the pages of a memory map are the system's to drop)."""
+    process = psutil.Process()
+    done = threading.Event()
+
+    def own() -> float:
+        info = process.memory_info()
+        return float(info.rss - info.shared) / 2**20
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            result["peak_mib"] = max(result["peak_mib"], own())
+
+    result["before_mib"] = result["peak_mib"] = own()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        result["peak_mib"] = max(result["peak_mib"], own())
+        done.set()
+        watcher.join()
+
+
+def main(work: str, folder: Path) -> None:
+    import torchaudio  # noqa: F401  # so that the time of the imports is not counted
+
+    import respiro.store  # noqa: F401
+
+    segments = pd.read_pickle(folder / "segments.pickle")
+    result: dict[str, float] = {}
+    with peak_of_own_memory(result):
+        begun = time.perf_counter()
+        kept = globals()[work](segments, folder)
+        result["seconds"] = time.perf_counter() - begun
+    del kept
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

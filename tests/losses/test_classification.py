@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from respiro.component import Loss, build, describe
+from respiro.errors import LabelError
+from respiro.losses import CrossEntropy, cross_entropy
+
+WEIGHT = [0.5, 2.0, 1.0]
+
+
+def random_logits(count: int = 6, classes: int = 3) -> Tensor:
+    return torch.randn(count, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+
+
+def loop(logits: Tensor, labels: list[int], weight: list[float], smoothing: float) -> float:
+    """Weighted mean over the labelled rows of the smoothed cross-entropy, term by term."""
+    total = divisor = 0.0
+    for row, label in zip(logits.tolist(), labels, strict=True):
+        if label == -1:
+            continue
+        log_sum = math.log(sum(math.exp(value) for value in row))
+        for index, value in enumerate(row):
+            target = (1 - smoothing) * (index == label) + smoothing / len(row)
+            total -= target * weight[index] * (value - log_sum)
+        divisor += weight[label]
+    return total / divisor
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2], ids=["hard", "smoothed"])
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["equal", "weighted"])
+@pytest.mark.parametrize(
+    "labels", [[0, 1, 2, 0, 1, 2], [1] * 6, [0, -1, 2, -1, -1, 1]], ids=["all", "one-class", "some-unknown"]
+)
+def test_cross_entropy_is_its_equation(labels: list[int], weight: list[float] | None, smoothing: float) -> None:
+    loss = cross_entropy(random_logits(), torch.tensor(labels), weight, smoothing)
+    assert loss.item() == pytest.approx(loop(random_logits(), labels, weight or [1.0] * 3, smoothing))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2], ids=["hard", "smoothed"])
+def test_cross_entropy_is_torchs(smoothing: float) -> None:
+    labels, weight = torch.tensor([0, 1, -1, 2, 2, 1]), torch.tensor(WEIGHT, dtype=torch.float64)
+    expected = F.cross_entropy(random_logits(), labels, weight, ignore_index=-1, label_smoothing=smoothing)
+    torch.testing.assert_close(CrossEntropy(WEIGHT, smoothing)(random_logits(), labels), expected)
+
+
+def test_gradient_is_right() -> None:
+    logits, labels = random_logits().requires_grad_(), torch.tensor([0, 1, 2, -1, 1, 0])
+    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, labels, WEIGHT, 0.1), (logits,))
+
+
+@pytest.mark.parametrize(
+    ("labels", "weight"),
+    [([-1, -1, -1], None), ([-1, -1, -1], WEIGHT), ([1, 1, -1], [1.0, 0.0, 1.0]), ([], None)],
+    ids=["unknown", "unknown-weighted", "zero-weight", "empty"],
+)
+def test_a_batch_without_labels_gives_zero_with_gradient(labels: list[int], weight: list[float] | None) -> None:
+    logits = random_logits(len(labels)).requires_grad_()
+    loss = cross_entropy(logits, torch.tensor(labels, dtype=torch.int64), weight)
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_batch_of_one() -> None:
+    assert cross_entropy(torch.zeros(1, 4), torch.tensor([2])).item() == pytest.approx(math.log(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_computes_half_precision_logits_in_float32(dtype: torch.dtype) -> None:
+    logits, labels = torch.tensor([[300.0, -300.0, 0.0]], dtype=dtype, requires_grad=True), torch.tensor([1])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = CrossEntropy(WEIGHT)(logits, labels)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(600)
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_balanced_weights_are_those_of_scikit_learn() -> None:
+    compute_class_weight = pytest.importorskip("sklearn.utils.class_weight").compute_class_weight
+    labels = [0] * 2063 + [1] * 1215 + [2] * 501 + [3] * 363
+    loss = CrossEntropy("balanced")
+    loss.use_class_counts([2063, 1215, 501, 363])
+    expected = compute_class_weight("balanced", classes=np.arange(4), y=labels)
+    torch.testing.assert_close(loss.class_weight, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_the_scale_of_the_weights_has_no_effect() -> None:
+    published = CrossEntropy([0.080007, 0.135847, 0.329450, 0.454696])  # inverse frequencies that add up to 1
+    balanced = CrossEntropy("balanced")
+    balanced.use_class_counts([2063, 1215, 501, 363])
+    logits, labels = random_logits(8, 4), torch.tensor([0, 1, 2, 3, 0, 1, 0, 0])
+    torch.testing.assert_close(balanced(logits, labels), published(logits, labels), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["none", "given"])
+def test_class_counts_change_only_balanced_weights(weight: list[float] | None) -> None:
+    loss = CrossEntropy(weight)
+    loss.use_class_counts([5, 0, 1])
+    assert (None if loss.class_weight is None else loss.class_weight.tolist()) == weight
+
+
+def test_balanced_weights_are_restored_without_class_counts() -> None:
+    trained = CrossEntropy("balanced", label_smoothing=0.1)
+    trained.use_class_counts([30, 10, 7])
+    state: Any = copy.deepcopy(trained.state_dict())
+    assert state == {"_extra_state": trained.class_weight.tolist()}  # type: ignore[union-attr]
+    restored = build(describe(trained), Loss, "loss")
+    restored.load_state_dict(state, strict=True)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    assert torch.equal(restored(random_logits(), labels), trained(random_logits(), labels))
+
+
+def test_a_checkpoint_does_not_replace_weights_given_by_hand() -> None:
+    loss = CrossEntropy(WEIGHT)
+    loss.load_state_dict(CrossEntropy([9.0, 9.0, 9.0]).state_dict())
+    assert loss.class_weight is not None
+    assert loss.class_weight.tolist() == WEIGHT
+
+
+def test_a_state_from_before_the_counts_is_accepted() -> None:
+    loss = CrossEntropy("balanced")
+    loss.load_state_dict(CrossEntropy("balanced").state_dict())
+    with pytest.raises(RuntimeError, match="has no class counts yet; call use_class_counts"):
+        loss(random_logits(), torch.zeros(6, dtype=torch.int64))
+
+
+def test_the_weights_move_with_the_loss() -> None:
+    loss = CrossEntropy("balanced")
+    loss.use_class_counts([1, 2])
+    assert loss.to("meta").class_weight.device.type == "meta"  # type: ignore[union-attr]
+
+
+def test_a_class_without_examples_is_named() -> None:
+    with pytest.raises(LabelError, match="class 1 has 0 cycles in the train split"):
+        CrossEntropy("balanced").use_class_counts([5, 0, 1])
+
+
+def test_wrong_number_of_weights() -> None:
+    with pytest.raises(LabelError, match="there are 3 class weights for logits of 4 classes"):
+        CrossEntropy(WEIGHT)(random_logits(6, 4), torch.zeros(6, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": "inverse"}, "weight must be 'balanced', None or finite numbers of at least 0, got 'inverse'"),
+        ({"weight": [1.0, -1.0]}, r"got \[1.0, -1.0\]"),
+        ({"weight": [1.0, float("nan")]}, r"got \[1.0, nan\]"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\], got 1.5"),
+    ],
+    ids=["name", "negative", "nan", "smoothing"],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CrossEntropy(**arguments)
