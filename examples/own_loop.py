@@ -1,6 +1,6 @@
 """Use only parts of respiro (data set, features, loss, metric) in a plain PyTorch loop.
 
-    python examples/own_loop.py
+$ python examples/own_loop.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Train and score a small network in under a minute, offline.
 
-    python examples/quickstart.py
+$ python examples/quickstart.py
 """
 
 from pathlib import Path

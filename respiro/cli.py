@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from respiro import __version__
 from respiro.errors import RespiroError
@@ -32,7 +32,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="respiro",
         description="Respiratory-sound classification with honest evaluation.",
-        epilog="commands:\n" + "".join(f"  {name:9} {text}\n" for name, text in COMMANDS.items())
+        epilog="commands:\n"
+        + "".join(f"  {name:9} {text}\n" for name, text in COMMANDS.items())
         + "\n'respiro COMMAND --help' shows the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -94,8 +95,10 @@ def _demo(argv: list[str]) -> None:
     model = SoundClassifier.load_from_checkpoint(best.best_model_path, weights_only=True)
     report = evaluate(model, data, output_dir=output / "report")
     print(f"\n{report}\n")
-    print(f"Synthetic sounds: these scores say that the installation works, nothing about patients. "
-          f"{time.perf_counter() - started:.0f} s in all.")
+    print(
+        f"Synthetic sounds: these scores say that the installation works, nothing about patients. "
+        f"{time.perf_counter() - started:.0f} s in all."
+    )
     print(f"Report and figures: {output / 'report'}\nCheckpoint: {best.best_model_path}")
 
 
@@ -118,9 +121,13 @@ def _fit(argv: list[str]) -> None:
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-            parser.set_defaults({"checkpoint.monitor": "val_score", "checkpoint.mode": "max", "checkpoint.save_last": True})
+            parser.set_defaults(
+                {"checkpoint.monitor": "val_score", "checkpoint.mode": "max", "checkpoint.save_last": True}
+            )
             backbone = {"class_path": "respiro.models.CNN6"}
-            parser.set_defaults({"model": {"class_path": "respiro.methods.SoundClassifier", "init_args": {"backbone": backbone}}})
+            parser.set_defaults(
+                {"model": {"class_path": "respiro.methods.SoundClassifier", "init_args": {"backbone": backbone}}}
+            )
             parser.link_arguments("data.classes", "model.init_args.classes", apply_on="instantiate")
             parser.link_arguments("data.scoring", "model.init_args.scoring", apply_on="instantiate")
 
@@ -145,7 +152,7 @@ def _fit(argv: list[str]) -> None:
     )
 
 
-def _score(argv: list[str], side: str) -> None:
+def _score(argv: list[str], side: Literal["val", "test"]) -> None:
     """Restore the model; take the data from the checkpoint's record wherever the options leave it open."""
     from jsonargparse import ArgumentParser
     from lightning.pytorch import Trainer
@@ -157,7 +164,9 @@ def _score(argv: list[str], side: str) -> None:
     command = "test" if side == "test" else "validate"
     parser = ArgumentParser(prog=f"respiro {command}", description=COMMANDS[command].capitalize() + ".")
     parser.add_argument("checkpoint", type=str, help="what 'respiro fit' wrote")
-    parser.add_argument("--output", type=str, help="folder for the report (default: 'report_SIDE' beside the checkpoint)")
+    parser.add_argument(
+        "--output", type=str, help="folder for the report (default: 'report_SIDE' beside the checkpoint)"
+    )
     parser.add_subclass_arguments(RespiratoryDataModule, "data", required=False, help="default: as in training")
     parser.add_class_arguments(Trainer, "trainer")
     parser.set_defaults({"trainer.logger": False, "trainer.devices": 1})
@@ -168,7 +177,9 @@ def _score(argv: list[str], side: str) -> None:
     options = parser.parse_args(argv)
     parts = parser.instantiate_classes(options)
     if parts.data is None:
-        raise ValueError("the checkpoint does not say on which data it was trained; name it: --data ICBHIDataModule --data.root ...")
+        raise ValueError(
+            "the checkpoint does not say on which data it was trained; name it: --data ICBHIDataModule --data.root ..."
+        )
     model = restore(options.checkpoint)
     run = parts.trainer.test if side == "test" else parts.trainer.validate
     run(model, datamodule=parts.data, verbose=False)
@@ -271,5 +282,4 @@ def _audit(argv: list[str]) -> None:
         pairs = [("train", test), ("validation", test)] + ([("train", "validation")] if test == tests[0] else [])
         for one, other in pairs:
             print(f"\n== {split.name}: {one} against {other}" + (" == LEAKY PROTOCOL" if split.leaky else ""))
-            tables = [data.cycles.loc[sides[name]] for name in (one, other)]
-            print(audit_leakage(*tables, recordings=data.recordings))
+            print(audit_leakage(data.cycles.loc[sides[one]], data.cycles.loc[sides[other]], data.recordings))

@@ -45,15 +45,17 @@ class Component(nn.Module):
         # Partial, because copy.deepcopy and pickle call cls.__new__(cls) before they restore the state.
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
         bound.apply_defaults()
-        arguments = {name: value for name, value in list(bound.arguments.items())[1:]}
-        object.__setattr__(self, "init_args", arguments)
+        _self, *arguments = bound.arguments.items()
+        object.__setattr__(self, "init_args", dict(arguments))
         return self
 
     def spec(self) -> Spec:
         """Return ``{"class_path", "init_args"}``, the form LightningCLI uses."""
         return {
             "class_path": class_path(type(self)),
-            "init_args": {name: _plain(value, f"{type(self).__name__}.{name}") for name, value in self.init_args.items()},
+            "init_args": {
+                name: _plain(value, f"{type(self).__name__}.{name}") for name, value in self.init_args.items()
+            },
         }
 
 

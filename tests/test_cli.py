@@ -12,6 +12,8 @@ import pytest
 
 from respiro.cli import COMMANDS, main
 
+QUIET = "--trainer.accelerator cpu --trainer.enable_progress_bar false"
+
 
 def run(*args: object) -> None:
     main([str(arg) for arg in args])
@@ -21,11 +23,9 @@ def run(*args: object) -> None:
 def checkpoint(icbhi_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a short ``respiro fit`` leaves."""
     folder = tmp_path_factory.mktemp("fit")
-    run(
-        "fit", "--data", "ICBHIDataModule", "--data.root", icbhi_root, "--data.duration", 1, "--data.batch_size", 8,
-        "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2, "--trainer.accelerator", "cpu",
-        "--trainer.default_root_dir", folder, "--trainer.enable_progress_bar", "false",
-    )
+    data = f"--data ICBHIDataModule --data.root {icbhi_root} --data.duration 1 --data.batch_size 8"
+    trainer = f"--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.default_root_dir {folder} {QUIET}"
+    run("fit", *data.split(), *trainer.split())
     return next(folder.rglob("last.ckpt"))
 
 
@@ -58,7 +58,7 @@ def test_python_m_respiro() -> None:
 
 
 def test_test_needs_only_the_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("test", checkpoint, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
+    run("test", checkpoint, *QUIET.split())
     assert "official" in capsys.readouterr().out
     report = checkpoint.parent / "report_test"
     result = json.loads((report / "result.json").read_text())
@@ -69,10 +69,7 @@ def test_test_needs_only_the_checkpoint(checkpoint: Path, capsys: pytest.Capture
 
 
 def test_validate_and_another_root(checkpoint: Path, icbhi_root: Path, tmp_path: Path) -> None:
-    run(
-        "validate", checkpoint, "--output", tmp_path / "out", "--data.root", icbhi_root, "--trainer.accelerator", "cpu",
-        "--trainer.enable_progress_bar", "false",
-    )  # fmt: skip
+    run("validate", checkpoint, "--output", tmp_path / "out", "--data.root", icbhi_root, *QUIET.split())
     assert (tmp_path / "out" / "result.json").exists()
 
 

@@ -35,7 +35,9 @@ def test_defaults_are_recorded() -> None:
     }
 
 
-@pytest.mark.parametrize("part", [LinearHead(8, 2), CNN6(), KaldiFbank(num_mel_bins=64), CrossEntropy(weight=[1.0, 2.0])])
+@pytest.mark.parametrize(
+    "part", [LinearHead(8, 2), CNN6(), KaldiFbank(num_mel_bins=64), CrossEntropy(weight=[1.0, 2.0])]
+)
 def test_build_reverses_describe(part: Component) -> None:
     spec = json.loads(json.dumps(describe(part)))
     again = build(spec, Component, "part")
@@ -49,7 +51,9 @@ def test_nested_components_are_described_in_place() -> None:
     assert spec["init_args"]["others"] == [describe(LinearHead(3, 2))]
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda part: pickle.loads(pickle.dumps(part))], ids=["deepcopy", "pickle"]
+)
 def test_copies_remember_too(clone) -> None:  # type: ignore[no-untyped-def]
     assert describe(clone(LinearHead(8, 2))) == describe(LinearHead(8, 2))
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedGroupKFold
 
 import respiro.splits
-from respiro._grouping import deal
 from respiro.datasets.icbhi import ICBHI, respirenet_folds
 from respiro.datasets.sprsound import SPRSound
 from respiro.splits import Split, audit_leakage, patient_folds, split_cycles
+from respiro.splits.grouping import deal
 
 NAMES = ["normal", "crackle", "wheeze", "both"]
 

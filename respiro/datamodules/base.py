@@ -116,6 +116,8 @@ class RespiratoryDataModule(LightningDataModule):
 
     def _record(self) -> dict[str, Any]:
         data = self._all
+        sides = self.split.describe(data.cycles)
+        del sides["name"], sides["seed"]  # said below, the seed also where nothing was drawn
         return {
             "dataset": type(data).__name__,
             "protocol": self.split.name,
@@ -136,7 +138,7 @@ class RespiratoryDataModule(LightningDataModule):
                 "resample": data.resample,
             },
             "vocabularies": {name: list(data.vocabularies[name]) for name in CODED if name != "patient"},
-            **self.split.describe(data.cycles),
+            **sides,
             "respiro": __version__,
         }
 

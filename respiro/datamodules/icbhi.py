@@ -20,7 +20,8 @@ class ICBHIDataModule(RespiratoryDataModule):
     Args:
         root: Folder of the database, in any of the layouts that :class:`respiro.datasets.ICBHI` reads.
         protocol: ``"official"``, ``"official-clean"`` (train without the two patients that also stand in test),
-            ``"patient-fold-0"`` to ``"patient-fold-4"`` (RespireNet's), or ``"random-recording"`` (leaky, and marked so).
+            ``"patient-fold-0"`` to ``"patient-fold-4"`` (RespireNet's), or ``"random-recording"`` (leaky, and marked
+            so).
         labels: ``"4-class"``, ``"2-class"``, ``"diagnosis"`` or ``"diagnosis-2-class"``.
         batch_size: Cycles per batch and process.
         val_fraction: Share of the train side held out for validation, by patient; in [0, 1).

@@ -108,4 +108,6 @@ class SPRSoundDataModule(RespiratoryDataModule):
     def label_map(self) -> str:
         """Name of the task or label map, with its policy where it has one."""
         task = str(self.hparams["task"])
-        return f"{task} (rhonchi and stridor: {self.hparams['rhonchi_stridor']})" if task == "icbhi4" else f"task {task}"
+        return (
+            f"{task} (rhonchi and stridor: {self.hparams['rhonchi_stridor']})" if task == "icbhi4" else f"task {task}"
+        )

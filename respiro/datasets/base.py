@@ -102,10 +102,13 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         self.resample: Literal["recording", "cycle"] = resample
         self.cache_dir = cache_dir
         self.all_recordings = recordings
-        shared = [column for column in recordings.columns if column not in cycles.columns and column not in _FILE_COLUMNS]
+        shared = [
+            column for column in recordings.columns if column not in cycles.columns and column not in _FILE_COLUMNS
+        ]
         self.all_cycles = cycles.merge(recordings[["recording", *shared]], on="recording", how="left", validate="m:1")
         self.all_cycles["quality"] = np.float32("nan")
-        self.all_cycles["class"] = pd.Categorical.from_codes(self.all_cycles["label"], list(classes)).astype(object)
+        names = np.array([*classes, None], dtype=object)  # -1 takes the last
+        self.all_cycles["class"] = names[self.all_cycles["label"].to_numpy("int64")]
         chosen = self.all_cycles["split"].isin(splits) & (self.all_cycles["label"] >= 0)
         self._rows = np.flatnonzero(chosen)
 
@@ -127,14 +130,14 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
     @property
     def class_counts(self) -> list[int]:
         """Number of cycles of each class."""
-        return np.bincount(self.cycles["label"], minlength=len(self.classes)).tolist()
+        return [int(count) for count in np.bincount(self.cycles["label"], minlength=len(self.classes))]
 
     def subset(self, index: np.ndarray | pd.Index) -> Self:
         """Return this data set with only the cycles of these row labels, in this order."""
         other = copy.copy(self)
         for cached in ("cycles", "recordings", "_columns"):
             other.__dict__.pop(cached, None)
-        other._rows = self.all_cycles.index.get_indexer(index)
+        other._rows = self.all_cycles.index.get_indexer(pd.Index(index))
         if (other._rows < 0).any():
             raise LabelError(f"row {np.asarray(index)[other._rows < 0][0]} is not in the cycles table")
         return other
@@ -233,7 +236,9 @@ def _check_arguments(sample_rate: int, duration: float, pad: str, fade: str, res
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     if fade == "recording" and resample == "cycle":
-        raise ValueError("fade='recording' needs resample='recording': a cycle resampled alone has no recording to fade")
+        raise ValueError(
+            "fade='recording' needs resample='recording': a cycle resampled alone has no recording to fade"
+        )
 
 
 def _check_encoding(recordings: pd.DataFrame) -> None:

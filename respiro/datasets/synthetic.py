@@ -6,6 +6,7 @@ No number measured on them says anything about real lungs.
 from __future__ import annotations
 
 import json
+import operator
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ def write_synthetic_icbhi(
     at once, and one of these two recordings is in test, all the others of that patient in train. So the sides share
     a patient and a take with the same cycle times; all other patients are on one side only.
 
-    The same arguments give the same bytes, and a folder that already holds them is left as it is.
+    The same arguments give the same bytes (with the same numpy on the same machine), and a folder that already holds them is left as it is.
 
     Args:
         root: Folder to make. It appears only when it is complete.
@@ -65,7 +66,9 @@ def write_synthetic_icbhi(
         "recordings_per_patient": _in_range("recordings_per_patient", recordings_per_patient, 2, 18),
         "cycles_per_recording": _in_range("cycles_per_recording", cycles_per_recording, 5, 100),
     }
-    return _write_once(Path(root).expanduser(), "ICBHI", arguments, lambda folder: _synthetic_icbhi.write(folder, **arguments))
+    return _write_once(
+        Path(root).expanduser(), "ICBHI", arguments, lambda folder: _synthetic_icbhi.write(folder, **arguments)
+    )
 
 
 def write_synthetic_sprsound(
@@ -78,7 +81,7 @@ def write_synthetic_sprsound(
     recording of each of them is in the intra-patient test; the others are the inter-patient test. All seven event
     types are in train, the rare ones with few children. Some recordings are of poor quality and have no events.
 
-    The same arguments give the same bytes, and a folder that already holds them is left as it is.
+    The same arguments give the same bytes (with the same numpy on the same machine), and a folder that already holds them is left as it is.
 
     Args:
         root: Folder to make. It appears only when it is complete.
@@ -104,14 +107,16 @@ def write_synthetic_sprsound(
         "seed": _in_range("seed", seed, 0),
         "recordings_per_patient": _in_range("recordings_per_patient", recordings_per_patient, 3, 100),
     }
-    return _write_once(Path(root).expanduser(), "SPRSound", arguments, lambda folder: _synthetic_sprsound.write(folder, **arguments))
+    return _write_once(
+        Path(root).expanduser(), "SPRSound", arguments, lambda folder: _synthetic_sprsound.write(folder, **arguments)
+    )
 
 
 def _in_range(name: str, value: int, lowest: int, highest: int = 2**63 - 1) -> int:
     if not lowest <= value <= highest:
         bounds = f"at least {lowest}" if value < lowest else f"at most {highest}"
         raise ValueError(f"{name} must be {bounds}, got {value!r}")
-    return int(value)
+    return operator.index(value)
 
 
 def _write_once(root: Path, kind: str, arguments: dict[str, int], write: Callable[[Path], None]) -> Path:

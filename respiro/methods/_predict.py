@@ -30,6 +30,7 @@ BATCH = 32
 
 def table(probabilities: Tensor, classes: Sequence[str]) -> pd.DataFrame:
     """Return one row for each cycle of probabilities ``(N, C)``: ``prediction`` and ``p_<class>``."""
+    probabilities = probabilities.cpu()
     columns = {f"p_{name}": probabilities[:, label].numpy() for label, name in enumerate(classes)}
     names = np.array(classes, dtype=object)[probabilities.argmax(dim=1).numpy()]
     return pd.DataFrame({"prediction": names} | columns)
@@ -40,7 +41,8 @@ def predict_dataset(model: SoundClassifier, data: Any) -> pd.DataFrame:
     batches = DataLoader(data, batch_size=BATCH)
     probabilities = torch.cat([model._probabilities(batch["waveform"]) for batch in batches])
     predictions = table(probabilities, model.classes).set_index(data.cycles.index)
-    return pd.concat([data.cycles, predictions], axis=1)
+    joined: pd.DataFrame = pd.concat([data.cycles, predictions], axis=1)
+    return joined
 
 
 def predict_file(
@@ -52,7 +54,7 @@ def predict_file(
     how = model.audio
     times = _windows(seconds, how["duration"]) if cycles is None else _checked(cycles, seconds, path)
     waveforms = read_cycles(path, times, **how)
-    probabilities = [model._probabilities(part) for part in waveforms.split(BATCH)]
+    probabilities = [model._probabilities(part) for part in torch.split(waveforms, BATCH)]
     span = pd.DataFrame(times, columns=["start", "end"])
     return pd.concat([span, table(torch.cat(probabilities), model.classes)], axis=1)
 

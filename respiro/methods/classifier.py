@@ -18,8 +18,8 @@ from respiro import __version__
 from respiro.component import Backbone, Component, Loss, Transform, build, class_path, describe
 from respiro.errors import LabelError
 from respiro.losses import CrossEntropy
-from respiro.methods._checkpoint import RECORD, read_checkpoint
 from respiro.methods import _optim
+from respiro.methods._checkpoint import RECORD, read_checkpoint
 from respiro.methods._optim import Optimizer, Schedule
 from respiro.methods._predict import AUDIO, predict_dataset, predict_file, table
 from respiro.metrics._counts import metrics_for
@@ -153,11 +153,11 @@ class SoundClassifier(LightningModule):
         mean_loss.update(self.loss(logits, batch["label"]), weight=len(logits))
         metrics.update(logits, batch["label"])
         self.log(f"{stage}_loss", mean_loss, batch_size=len(logits), on_step=False, on_epoch=True)
-        self.log_dict(dict(metrics), batch_size=len(logits), on_step=False, on_epoch=True, prog_bar=stage == "val")
+        self.log_dict(metrics, batch_size=len(logits), on_step=False, on_epoch=True, prog_bar=stage == "val")
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return class probabilities ``(B, C)``."""
-        return self(batch["waveform"]).float().softmax(dim=1)
+        return self._probabilities(batch["waveform"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimiser and its schedule over the whole training."""
@@ -194,10 +194,13 @@ class SoundClassifier(LightningModule):
                 return predict_dataset(self, x)
         finally:
             self.train(was_training)
-        raise ValueError(f"predict takes waveforms, a batch, a data set or the path of a sound file, got {type(x).__name__}")
+        raise ValueError(
+            f"predict takes waveforms, a batch, a data set or the path of a sound file, got {type(x).__name__}"
+        )
 
     def _probabilities(self, waveform: Tensor) -> Tensor:
-        return self(waveform.to(self.device)).float().softmax(dim=1).cpu()
+        probabilities: Tensor = self(waveform.to(self.device)).float().softmax(dim=1)
+        return probabilities
 
     @property
     def audio(self) -> dict[str, Any]:
@@ -227,4 +230,4 @@ class SoundClassifier(LightningModule):
             CheckpointError: If the file is not one of ours, or names a part that only its author can build.
         """
         read_checkpoint(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[no-any-return, misc]
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

@@ -80,8 +80,8 @@ def test_lightning_beside_a_bare_loop(icbhi_root: Path) -> None:
         lightning += timer.seconds / timer.steps
         bare += _bare_loop(data, steps)
     print(
-        f"\nCNN6, batch 16 of 4 s: bare loop {bare / rounds * 1e3:.0f} ms/step, Lightning {lightning / rounds * 1e3:.0f} "
-        f"ms/step, ratio {lightning / bare:.3f}"
+        f"\nCNN6, batch 16 of 4 s: bare loop {bare / rounds * 1e3:.0f} ms/step, "
+        f"Lightning {lightning / rounds * 1e3:.0f} ms/step, ratio {lightning / bare:.3f}"
     )
 
 

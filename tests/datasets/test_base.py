@@ -140,7 +140,8 @@ def test_files_that_were_converted_need_consent(tables: Any, column: str, value:
 def test_counts_by_split_and_device(tables: Any, capsys: pytest.CaptureFixture[str]) -> None:
     data = make(tables)
     counts = data.counts()
-    assert counts.loc[("all", "all"), ["recordings", "patients", "cycles", "normal", "abnormal"]].tolist() == [2, 2, 5, 2, 3]
+    columns = ["recordings", "patients", "cycles", "normal", "abnormal"]
+    assert counts.loc[("all", "all"), columns].tolist() == [2, 2, 5, 2, 3]
     assert counts.loc[("train", "scope"), "cycles"] == 2
     data.summary()
     assert "left out by the label map: 1 cycles" in capsys.readouterr().out

@@ -54,7 +54,11 @@ def fitted(root: Path, folder: Path, epochs: int = 1, **parts: Any) -> tuple[Sou
     [
         {},
         {"features": KaldiFbank(num_mel_bins=64), "head": LinearHead(512, 4, dropout=0.1, layer_norm=True)},
-        {"loss": CrossEntropy(weight=[1.0, 2.0, 3.0, 4.0], label_smoothing=0.1), "optimizer": "sgd", "schedule": "constant"},
+        {
+            "loss": CrossEntropy(weight=[1.0, 2.0, 3.0, 4.0], label_smoothing=0.1),
+            "optimizer": "sgd",
+            "schedule": "constant",
+        },
     ],
     ids=["defaults", "other-parts", "other-loss-and-optimiser"],
 )
@@ -71,7 +75,9 @@ def test_a_restored_model_gives_the_same_logits(icbhi_root: Path, tmp_path: Path
 
 def test_a_foreign_module_trains_and_is_asked_for_by_name(icbhi_root: Path, tmp_path: Path) -> None:
     model, _, path = fitted(icbhi_root, tmp_path, loss=ForeignLoss())
-    with pytest.raises(CheckpointError, match=r"ForeignLoss', which respiro did not write.*load_from_checkpoint\(path, loss="):
+    with pytest.raises(
+        CheckpointError, match=r"ForeignLoss', which respiro did not write.*load_from_checkpoint\(path, loss="
+    ):
         SoundClassifier.load_from_checkpoint(path, weights_only=True)
     again = SoundClassifier.load_from_checkpoint(path, weights_only=True, loss=ForeignLoss())
     waveform = torch.zeros(1, 16000)
@@ -119,13 +125,22 @@ def test_what_is_not_our_checkpoint_is_refused(tmp_path: Path, content: Any, mes
 def test_labels_that_do_not_fit_are_refused(sprsound_root: Path, tmp_path: Path) -> None:
     data = SPRSoundDataModule(sprsound_root, task="1-1", partial=True, duration=1.0)
     trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, **SILENT)
-    with pytest.raises(LabelError, match=r"classes \['normal', 'adventitious'\], the model .*classes=datamodule.classes"):
+    with pytest.raises(
+        LabelError, match=r"classes \['normal', 'adventitious'\], the model .*classes=datamodule.classes"
+    ):
         trainer.fit(SoundClassifier(CNN6()), datamodule=data)
 
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("optimizer", "lion"), ("schedule", "step"), ("lr", 0.0), ("lr", float("nan")), ("weight_decay", -1.0), ("warmup", 1.0)],
+    [
+        ("optimizer", "lion"),
+        ("schedule", "step"),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("weight_decay", -1.0),
+        ("warmup", 1.0),
+    ],
 )
 def test_wrong_values_are_named(argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=argument):
@@ -206,7 +221,12 @@ class TestPredict:
 
     @pytest.mark.parametrize(
         ("cycles", "message"),
-        [([], "empty"), ([(1.0, 0.5)], "does not lie within"), ([(0.0, 0.5), (0.0, 9.0)], "cycle 1"), ([(-1.0, 1.0)], "cycle 0")],
+        [
+            ([], "empty"),
+            ([(1.0, 0.5)], "does not lie within"),
+            ([(0.0, 0.5), (0.0, 9.0)], "cycle 1"),
+            ([(-1.0, 1.0)], "cycle 0"),
+        ],
     )
     def test_wrong_cycle_times(self, tmp_path: Path, cycles: Any, message: str) -> None:
         path = tmp_path / "short.wav"

@@ -44,10 +44,8 @@ def results(icbhi_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     found = {}
     for devices in (1, 2):
         output = folder / f"{devices}.json"
-        subprocess.run(
-            [sys.executable, str(script), str(icbhi_root), str(devices), str(output)],
-            check=True, timeout=300, cwd=folder, capture_output=True,
-        )
+        command = [sys.executable, str(script), str(icbhi_root), str(devices), str(output)]
+        subprocess.run(command, check=True, timeout=300, cwd=folder, capture_output=True)
         found[devices] = json.loads(output.read_text())
     return found
 

@@ -179,16 +179,16 @@ class TestEveryFrontEnd:
 @pytest.mark.parametrize(
     "features",
     [
-        KaldiFbank(4000, num_mel_bins=6, f_min=100.0),
-        LogMelSpectrogram(4000, n_fft=64, hop_length=32, n_mels=6, normalize="none"),
-        LogMelSpectrogram(4000, n_fft=64, hop_length=32, n_mels=6),
-        LogMelSpectrogram(4000, n_fft=64, hop_length=32, n_mels=6, normalize="batch_minmax"),
+        KaldiFbank(4000, num_mel_bins=4, f_min=100.0, frame_length=8.0, frame_shift=4.0),
+        LogMelSpectrogram(4000, n_fft=32, hop_length=16, n_mels=4, normalize="none"),
+        LogMelSpectrogram(4000, n_fft=32, hop_length=16, n_mels=4),
+        LogMelSpectrogram(4000, n_fft=32, hop_length=16, n_mels=4, normalize="batch_minmax"),
     ],
     ids=["kaldi", "decibels", "clip-minmax", "batch-minmax"],
 )
 def test_gradient_is_right(features: Transform) -> None:
-    waveform = (noise(2, 180, dtype=torch.float64) * 10).requires_grad_()
-    assert torch.autograd.gradcheck(features, (waveform,), atol=1e-4)
+    waveform = (noise(2, 50, dtype=torch.float64) * 10).requires_grad_()
+    assert torch.autograd.gradcheck(features, (waveform,), atol=1e-4, fast_mode=True)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from respiro._grouping import deal, group_counts, groups_of
-from respiro._leakage import audit_leakage, require_columns, shared_patients
 from respiro.datasets._tables import listing, mark_clean
+from respiro.splits.audit import audit_leakage, require_columns, shared_patients
+from respiro.splits.grouping import deal, group_counts, groups_of
 
 __all__ = ["Split", "audit_leakage", "patient_folds", "split_cycles"]
 
