@@ -49,6 +49,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "data": _data,
         "audit": _audit,
     }
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # between Lightning and torch; no user can mend it
     try:
         run[chosen.command](argv[1:])
     except (RespiroError, ValueError) as error:
@@ -63,7 +64,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 def _demo(argv: list[str]) -> None:
     parser = _parser("demo")
     parser.add_argument("--output", default="respiro_demo", help="folder for data, checkpoint and report (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=8, help="training epochs (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=6, help="training epochs (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the data, the split and the training (%(default)s)")
     options = parser.parse_args(argv)
 
@@ -80,7 +81,7 @@ def _demo(argv: list[str]) -> None:
     output = Path(options.output)
     seed_everything(options.seed, verbose=False)
     root = write_synthetic_icbhi(output / "synthetic_icbhi", seed=options.seed)
-    data = ICBHIDataModule(root, batch_size=16, duration=4.0, seed=options.seed)
+    data = ICBHIDataModule(root, batch_size=16, duration=3.0, seed=options.seed)
     best = ModelCheckpoint(output / "checkpoints", monitor="val_score", mode="max", enable_version_counter=False)
     trainer = Trainer(
         max_epochs=options.epochs,

@@ -168,7 +168,7 @@ def test_a_pickled_store_is_small_and_opens_in_a_spawned_process(segments: pd.Da
     store = WaveformStore.open(segments, 16000, cache_dir=cache, progress=False)
     assert len(pickle.dumps(store)) < 1000
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        cycle: Cycle = pool.apply(operator.getitem, (store, 4))
+        cycle = Cycle(*pool.apply(operator.getitem, (store, 4)))
     np.testing.assert_array_equal(cycle.samples, store[4].samples)
     assert cycle[1:] == store[4][1:]
 

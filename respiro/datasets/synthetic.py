@@ -37,7 +37,8 @@ def write_synthetic_icbhi(
     at once, and one of these two recordings is in test, all the others of that patient in train. So the sides share
     a patient and a take with the same cycle times; all other patients are on one side only.
 
-    The same arguments give the same bytes (with the same numpy on the same machine), and a folder that already holds them is left as it is.
+    The same arguments give the same bytes (with the same numpy on the same machine), and a folder that already holds
+    them is left as it is.
 
     Args:
         root: Folder to make. It appears only when it is complete.
@@ -81,7 +82,8 @@ def write_synthetic_sprsound(
     recording of each of them is in the intra-patient test; the others are the inter-patient test. All seven event
     types are in train, the rare ones with few children. Some recordings are of poor quality and have no events.
 
-    The same arguments give the same bytes (with the same numpy on the same machine), and a folder that already holds them is left as it is.
+    The same arguments give the same bytes (with the same numpy on the same machine), and a folder that already holds
+    them is left as it is.
 
     Args:
         root: Folder to make. It appears only when it is complete.

@@ -66,7 +66,7 @@ def reliability(evaluation: Evaluation) -> Figure:
     above.set(
         ylim=(0, 1), ylabel="accuracy", title=f"expected calibration error {percent(evaluation.metrics['ece'])} %"
     )
-    above.legend(loc="upper left", frameon=False)
+    above.legend(loc="upper left", edgecolor="none")
     below.bar(bins["low"], bins["cycles"] / bins["cycles"].sum(), width, align="edge", color=_GREY, edgecolor="white")
     below.set(xlim=(0, 1), ylabel="share of cycles", xlabel="confidence (largest probability)")
     for axes in (above, below):
