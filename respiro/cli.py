@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 import sys
 import time
 import warnings
@@ -52,13 +54,17 @@ def main(args: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # between Lightning and torch; no user can mend it
     try:
         run[chosen.command](argv[1:])
-    except (RespiroError, ValueError) as error:
+    except (RespiroError, ValueError, OSError, ImportError) as error:
         print(f"respiro {chosen.command}: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"respiro {command}", description=COMMANDS[command].capitalize() + ".")
+    return argparse.ArgumentParser(prog=f"respiro {command}", description=_describe(command))
+
+
+def _describe(command: str) -> str:
+    return f"{COMMANDS[command].capitalize()}."
 
 
 def _demo(argv: list[str]) -> None:
@@ -132,10 +138,22 @@ def _fit(argv: list[str]) -> None:
             parser.link_arguments("data.classes", "model.init_args.classes", apply_on="instantiate")
             parser.link_arguments("data.scoring", "model.init_args.scoring", apply_on="instantiate")
 
+        def _parse_ckpt_path(self) -> None:
+            """Take the model from the options alone: ours is described otherwise than Lightning would read it."""
+
+        def after_instantiate_classes(self) -> None:
+            if not self.datamodule.val_fraction and self.datamodule.select_on == "val":
+                checkpoint: Any = self.trainer.checkpoint_callback
+                checkpoint.monitor = None  # nothing to select by: the last epoch is kept
+
         def after_fit(self) -> None:
             checkpoint: Any = self.trainer.checkpoint_callback
             if self.trainer.is_global_zero and checkpoint.best_model_path:
-                print(f"\nbest {checkpoint.monitor} {checkpoint.best_model_score:.4f}: {checkpoint.best_model_path}")
+                chosen = (
+                    f"best {checkpoint.monitor} {checkpoint.best_model_score:.4f}" if checkpoint.monitor else "last"
+                )
+                stamp = " *** TEST-SELECTED ***" if self.datamodule.select_on == "test" else ""
+                print(f"\n{chosen}: {checkpoint.best_model_path}{stamp}")
                 print(f"to score it on the test side: respiro test {checkpoint.best_model_path}")
 
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it is how a command is passed on
@@ -155,38 +173,59 @@ def _fit(argv: list[str]) -> None:
 
 def _score(argv: list[str], side: Literal["val", "test"]) -> None:
     """Restore the model; take the data from the checkpoint's record wherever the options leave it open."""
-    from jsonargparse import ArgumentParser
-    from lightning.pytorch import Trainer
+    from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
     from respiro.datamodules.base import RespiratoryDataModule
     from respiro.evaluation import evaluate
     from respiro.methods._checkpoint import RECORD, read_checkpoint, restore
 
     command = "test" if side == "test" else "validate"
-    parser = ArgumentParser(prog=f"respiro {command}", description=COMMANDS[command].capitalize() + ".")
-    parser.add_argument("checkpoint", type=str, help="what 'respiro fit' wrote")
-    parser.add_argument(
-        "--output", type=str, help="folder for the report (default: 'report_SIDE' beside the checkpoint)"
+    parser = ArgumentParser(
+        prog=f"respiro {command}", usage="%(prog)s CHECKPOINT [options]", description=_describe(command)
     )
+    parser.add_argument("checkpoint", type=str, help="what 'respiro fit' wrote")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
+    parser.add_argument("--output", type=str, help=f"folder of the report (default: report_{side} by the checkpoint)")
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, mps or auto (default)")
+    parser.add_argument("--part", type=dict[str, str], default={}, help=_PART)
     parser.add_subclass_arguments(RespiratoryDataModule, "data", required=False, help="default: as in training")
-    parser.add_class_arguments(Trainer, "trainer")
-    parser.set_defaults({"trainer.logger": False, "trainer.devices": 1})
     if argv and not argv[0].startswith("-"):
-        data = read_checkpoint(argv[0])[RECORD].get("data")
-        if data:
-            parser.set_defaults(data=data)
+        recorded = read_checkpoint(argv[0])[RECORD].get("data")
+        if recorded and recorded["class_path"].startswith("respiro."):
+            parser.set_defaults(data=recorded)
+    elif argv and argv[0] not in ("-h", "--help"):
+        raise ValueError(f"the checkpoint comes first: respiro {command} CHECKPOINT [options]")
     options = parser.parse_args(argv)
-    parts = parser.instantiate_classes(options)
-    if parts.data is None:
+    data = parser.instantiate_classes(options).data
+    if data is None:
         raise ValueError(
-            "the checkpoint does not say on which data it was trained; name it: --data ICBHIDataModule --data.root ..."
+            "the checkpoint names no data set of respiro; name one: --data ICBHIDataModule --data.root ..."
         )
-    model = restore(options.checkpoint)
-    run = parts.trainer.test if side == "test" else parts.trainer.validate
-    run(model, datamodule=parts.data, verbose=False)
-    if parts.trainer.is_global_zero:
-        output = Path(options.output or Path(options.checkpoint).parent / f"report_{side}")
-        print(f"\n{evaluate(model, parts.data, split=side, output_dir=output)}\n\nreport and figures: {output}")
+    model = restore(options.checkpoint, **_build_parts(options.part)).to(_device(options.device))
+    output = Path(options.output or Path(options.checkpoint).parent / f"report_{side}")
+    print(f"\n{evaluate(model, data, split=side, output_dir=output)}\n\nreport and figures: {output}")
+
+
+_PART = "a part that respiro did not write and that is built without arguments: NAME=package.module.Class"
+
+
+def _build_parts(named: dict[str, str]) -> dict[str, Any]:
+    parts = {}
+    for name, path in named.items():
+        module, _, attribute = path.rpartition(".")
+        try:
+            parts[name] = getattr(importlib.import_module(module), attribute)()
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"part {name}={path} cannot be built: {error}") from error
+    return parts
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _predict(argv: list[str]) -> None:
@@ -200,6 +239,7 @@ def _predict(argv: list[str]) -> None:
         "without it the file is cut into windows",
     )
     parser.add_argument("--output", metavar="CSV", help="write the table there instead of printing it")
+    parser.add_argument("--part", metavar="NAME=CLASS", action="append", default=[], help=_PART)
     options = parser.parse_args(argv)
 
     import pandas as pd
@@ -207,7 +247,7 @@ def _predict(argv: list[str]) -> None:
     from respiro.methods._checkpoint import restore
 
     cycles = _read_cycles(options.cycles) if options.cycles else None
-    model = restore(options.checkpoint)
+    model = restore(options.checkpoint, **_build_parts(dict(part.split("=", 1) for part in options.part)))
     result = pd.concat([model.predict(name, cycles).assign(file=name) for name in options.files], ignore_index=True)
     result.insert(0, "file", result.pop("file"))
     if options.output:
@@ -228,36 +268,41 @@ def _read_cycles(path: str) -> list[tuple[float, float]]:
 
 
 def _data_parser(command: str) -> argparse.ArgumentParser:
+    """Return a parser with a subcommand for each data set."""
     parser = _parser(command)
-    parser.add_argument("dataset", choices=("icbhi", "sprsound"), help="which data set")
-    parser.add_argument("root", help="its folder")
-    parser.add_argument("--partial", action="store_true", help="go on with fewer recordings than published")
-    parser.add_argument("--any-encoding", action="store_true", help="accept files that are not mono PCM as published")
+    kinds = parser.add_subparsers(dest="dataset", required=True, metavar="{icbhi,sprsound}")
+    for name in ("icbhi", "sprsound"):
+        kind = kinds.add_parser(name)
+        kind.add_argument("root", help="its folder")
+        kind.add_argument("--partial", action="store_true", help="go on with fewer recordings than published")
+        kind.add_argument("--any-encoding", action="store_true", help="accept files that are not mono PCM as published")
+        if name == "sprsound":
+            kind.add_argument("--year", type=int, default=2022, help="of the release (%(default)s)")
+        if command == "data":
+            label = {"icbhi": ("--labels", "4-class"), "sprsound": ("--task", "1-1")}[name]
+            kind.add_argument(label[0], default=label[1], help="label map (%(default)s)")
+            kind.add_argument("--download", action="store_true", help="fetch the official files that are missing")
+            kind.add_argument(
+                "--no-verify-tls",
+                dest="verify_tls",
+                action="store_false",
+                help="do not check the server's certificate when downloading; the content is checked all the same",
+            )
+        else:
+            if name == "icbhi":
+                kind.add_argument("--protocol", default="official", help="how the sides are made (%(default)s)")
+            kind.add_argument("--val-fraction", type=float, default=0.15, help="held out of train (%(default)s)")
+            kind.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
     return parser
 
 
-def _open(options: argparse.Namespace, download: bool = False) -> Any:
+def _data(argv: list[str]) -> None:
+    options = vars(_data_parser("data").parse_args(argv))
+
     from respiro.datasets import ICBHI, SPRSound
 
-    kind = {"icbhi": ICBHI, "sprsound": SPRSound}[options.dataset]
-    return kind(
-        options.root,
-        split="all",
-        partial=options.partial,
-        any_encoding=options.any_encoding,
-        download=download,
-        **({"task": options.task} if getattr(options, "task", None) else {}),
-        **({"labels": options.labels} if getattr(options, "labels", None) else {}),
-    )
-
-
-def _data(argv: list[str]) -> None:
-    parser = _data_parser("data")
-    parser.add_argument("--labels", help="ICBHI: 4-class, 2-class, diagnosis or diagnosis-2-class")
-    parser.add_argument("--task", help="SPRSound: 1-1, 1-2, 2-1, 2-2, icbhi4 or icbhi2")
-    parser.add_argument("--download", action="store_true", help="fetch the official files that are missing")
-    options = parser.parse_args(argv)
-    data = _open(options, options.download)
+    kind: Any = {"icbhi": ICBHI, "sprsound": SPRSound}[options.pop("dataset")]
+    data = kind(options.pop("root"), split="all", **options)
     data.summary()
     if data.partial:
         print("PARTIAL: not checked against the published counts")
@@ -267,20 +312,21 @@ def _data(argv: list[str]) -> None:
 
 
 def _audit(argv: list[str]) -> None:
-    parser = _data_parser("audit")
-    parser.add_argument("--protocol", default="official", help="how the sides are made (%(default)s)")
-    parser.add_argument("--val-fraction", type=float, default=0.15, help="held out of train by patient (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
-    options = parser.parse_args(argv)
+    options = vars(_data_parser("audit").parse_args(argv))
 
-    from respiro.splits import audit_leakage, split_cycles
+    from respiro.datamodules import ICBHIDataModule, SPRSoundDataModule
+    from respiro.splits import audit_leakage
 
-    data = _open(options)
-    tests = ("test",) if options.dataset == "icbhi" else ("inter", "intra")
-    for test in tests:
-        split = split_cycles(data.cycles, options.protocol, options.val_fraction, options.seed, test_splits=(test,))
-        sides = {"train": split.train, "validation": split.val, test: split.test}
-        pairs = [("train", test), ("validation", test)] + ([("train", "validation")] if test == tests[0] else [])
-        for one, other in pairs:
-            print(f"\n== {split.name}: {one} against {other}" + (" == LEAKY PROTOCOL" if split.leaky else ""))
-            print(audit_leakage(data.cycles.loc[sides[one]], data.cycles.loc[sides[other]], data.recordings))
+    kind: Any = {"icbhi": ICBHIDataModule, "sprsound": SPRSoundDataModule}[options.pop("dataset")]
+    module = kind(options.pop("root"), **options)
+    cycles, split = module.data.cycles, module.split
+    test = cycles.loc[split.test]
+    sides = {"train": cycles.loc[split.train], "validation": cycles.loc[split.val]}
+    # SPRSound's two test sides differ in just what an audit looks for.
+    drawn = split.name not in ("official", "official-clean")
+    sides |= {"test": test} if drawn else {str(name): part for name, part in test.groupby("split", sort=False)}
+    for one, other in itertools.combinations(sides, 2):
+        if {one, other} <= {"inter", "intra"} or sides[one].empty:
+            continue
+        print(f"\n== {split.name}: {one} against {other}" + (" *** LEAKY ***" if split.leaky else ""))
+        print(audit_leakage(sides[one], sides[other], module.data.all_recordings))

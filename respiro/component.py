@@ -9,15 +9,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 from torch import nn
 from typing_extensions import Self
 
 from respiro.errors import CheckpointError
 
-__all__ = ["Backbone", "Component", "Loss", "Transform", "build", "class_path", "describe"]
+__all__ = ["Backbone", "Component", "Loss", "Transform", "build", "class_path", "describe", "eval_mode", "plain"]
 
 Spec = dict[str, Any]
 Part = TypeVar("Part", bound=nn.Module)
@@ -54,7 +56,7 @@ class Component(nn.Module):
         return {
             "class_path": class_path(type(self)),
             "init_args": {
-                name: _plain(value, f"{type(self).__name__}.{name}") for name, value in self.init_args.items()
+                name: plain(value, f"{type(self).__name__}.{name}") for name, value in self.init_args.items()
             },
         }
 
@@ -117,7 +119,7 @@ def build(part: Any, kind: type[Part], argument: str) -> Part:
         ) from None
     if not (isinstance(cls, type) and issubclass(cls, kind)):
         raise CheckpointError(f"the checkpoint names {path!r} as {argument}, which is not a {kind.__name__}")
-    init_args = {name: _rebuild(value, name) for name, value in part.get("init_args", {}).items()}
+    init_args = {name: _rebuild(value, argument) for name, value in part.get("init_args", {}).items()}
     try:
         return cls(**init_args)
     except TypeError as error:
@@ -131,15 +133,34 @@ def class_path(cls: type) -> str:
     return f"{package if public else cls.__module__}.{cls.__qualname__}"
 
 
-def _plain(value: Any, where: str) -> Any:
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Switch to eval mode; afterwards give every part its own mode back, as some may be frozen in eval mode."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def plain(value: Any, where: str) -> Any:
+    """Return *value* as data that a checkpoint can hold; *where* names it in the error.
+
+    Raises:
+        CheckpointError: If it holds anything but numbers, strings, booleans, ``None``, lists, dicts and components.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, Component):
         return value.spec()
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, where) for key, item in value.items()}
+        return {str(key): plain(item, where) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, where) for item in value]
+        return [plain(item, where) for item in value]
     raise CheckpointError(f"{where} holds a {type(value).__name__}, which a checkpoint cannot hold; pass plain data")
 
 

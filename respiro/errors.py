@@ -5,6 +5,8 @@ that a caller would expect (``FileNotFoundError``, ``ValueError``, ``OSError``).
 ``ValueError``.
 """
 
+from collections.abc import Iterable
+
 
 class RespiroError(Exception):
     """Base of every error that respiro defines."""
@@ -52,3 +54,17 @@ class CheckpointError(RespiroError, ValueError):
 
 class WeightsError(RespiroError, ValueError):
     """Pretrained weights do not fit the model; nothing was loaded."""
+
+
+def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise a ``ValueError`` that lists the *allowed* values unless *value* is one of them.
+
+    Example:
+        >>> check_choice("split", "valid", ["train", "test"])
+        Traceback (most recent call last):
+            ...
+        ValueError: split must be one of 'train', 'test', got 'valid'
+    """
+    choices = list(allowed)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,12 +22,11 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from respiro import audio
-from respiro.errors import AnnotationError, AudioError, StoreError
+from respiro.errors import AnnotationError, AudioError, StoreError, check_choice
 
 __all__ = ["Cycle", "WaveformStore"]
 
 Resample = Literal["recording", "cycle"]
-Rounding = Literal["truncate", "milliseconds"]
 
 #: To be raised when the content or the form of the files changes: a new number makes new keys, and so new stores.
 _FORMAT = 1
@@ -70,7 +69,7 @@ class WaveformStore:
         sample_rate: int,
         *,
         resample: Resample = "recording",
-        rounding: Rounding = "truncate",
+        rounding: audio.Rounding = "truncate",
         cache_dir: str | Path | None = None,
         progress: bool = True,
     ) -> WaveformStore:
@@ -85,8 +84,7 @@ class WaveformStore:
             sample_rate: Of the stored cycles, Hz.
             resample: ``"recording"`` resamples the whole recording, then cuts (Bae et al., 2023); ``"cycle"`` cuts at
                 the rate of the file, then resamples (Moummad & Farrugia, 2023).
-            rounding: How seconds become samples: ``"truncate"`` is ``int(t * rate)``, ``"milliseconds"`` is
-                ``round(t * 1000) * rate // 1000``.
+            rounding: How seconds become samples, see :func:`respiro.audio.positions`.
             cache_dir: Folder of all caches; by default the environment variable ``RESPIRO_CACHE``, else the user's
                 cache folder.
             progress: Show a progress bar while building.
@@ -139,10 +137,10 @@ class _Request:
     end: np.ndarray  #: (n,) seconds
     sample_rate: int
     resample: Resample
-    rounding: Rounding
+    rounding: audio.Rounding
 
     @classmethod
-    def of(cls, segments: pd.DataFrame, sample_rate: int, resample: Resample, rounding: Rounding) -> _Request:
+    def of(cls, segments: pd.DataFrame, sample_rate: int, resample: Resample, rounding: audio.Rounding) -> _Request:
         recording, paths = pd.factorize(segments["path"].astype(str))
         start, end = (segments[column].to_numpy("float64") for column in ("start", "end"))
         request = cls(list(paths), recording, start, end, sample_rate, resample, rounding)
@@ -160,10 +158,7 @@ class _Request:
 
     def positions(self, rates: np.ndarray) -> np.ndarray:
         """Return the samples where each cycle begins and ends: ``(n, 2)``."""
-        seconds, rates = np.stack([self.start, self.end], axis=1), rates[:, None]
-        if self.rounding == "milliseconds":
-            return np.asarray(np.rint(seconds * 1000).astype(np.int64) * rates // 1000)
-        return np.asarray((seconds * rates).astype(np.int64))
+        return audio.positions(np.stack([self.start, self.end], axis=1), rates[:, None], self.rounding)
 
     def check(self, good: np.ndarray, problem: str) -> None:
         if not good.all():
@@ -185,6 +180,8 @@ class _Plan:
     @classmethod
     def of(cls, request: _Request) -> _Plan:
         headers = [audio.read_header(path) for path in request.paths]
+        for path, header in zip(request.paths, headers, strict=True):
+            audio.check_rates(header.sample_rate, request.sample_rate, f"{path}: ")
         several = [path for path, header in zip(request.paths, headers, strict=True) if header.channels > 1]
         if several:
             message = f"{len(several)} of {len(headers)} recordings have several channels, which are averaged"
@@ -313,9 +310,5 @@ def _check_arguments(segments: pd.DataFrame, sample_rate: int, resample: str, ro
         raise ValueError("segments must have at least one row")
     if sample_rate < 1:
         raise ValueError(f"sample_rate must be positive, got {sample_rate!r}")
-    for name, value, allowed in (
-        ("resample", resample, ("recording", "cycle")),
-        ("rounding", rounding, ("truncate", "milliseconds")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    check_choice("resample", resample, ("recording", "cycle"))
+    check_choice("rounding", rounding, get_args(audio.Rounding))

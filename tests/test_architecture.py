@@ -29,11 +29,11 @@ ALLOWED = {
     "datamodules": {"errors", "audio", "datasets", "splits"},
     **{room: {"errors", "component"} for room in LEARNING},
     "methods": {"errors", "component", "audio", *LEARNING},
-    "evaluation": {"errors", "metrics"},
+    "evaluation": {"errors", "component", "metrics"},
     "cli": {"errors", "datasets", "splits", "datamodules", "methods", "evaluation", *LEARNING},
     "__main__": {"cli"},
 }
-SUBPACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+SUBPACKAGES = sorted({path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"audio"})  # audio is internal
 
 
 def room_of(path: Path) -> str:
@@ -75,7 +75,7 @@ def test_only_audio_imports_torchaudio() -> None:
     importers = [
         path for path in PACKAGE.rglob("*.py") if re.search(r"^\s*(import|from) torchaudio", path.read_text(), re.M)
     ]
-    assert [path.name for path in importers] == ["audio.py"]
+    assert [path.name for path in importers] == ["waveforms.py"]
 
 
 @pytest.mark.parametrize("name", SUBPACKAGES)

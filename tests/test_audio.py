@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from respiro import audio
+from respiro.audio import waveforms
 from respiro.errors import AudioError
 
 
@@ -214,6 +215,19 @@ def test_resample_keeps_the_last_sample_of_long_recordings(frames: int) -> None:
     assert len(audio.resample(np.zeros(frames, dtype=np.float32), 44100, 16000)) == expected
 
 
+def test_resample_refuses_rates_whose_filter_would_not_fit_into_memory() -> None:
+    with pytest.raises(AudioError, match=r"cannot be resampled from 44101 to 16000 Hz.*header"):
+        audio.resample(np.zeros(10, dtype=np.float32), 44101, 16000)
+
+
+@pytest.mark.parametrize("rounding", ["truncate", "milliseconds"])
+def test_positions_match_a_loop(rounding: audio.Rounding) -> None:
+    milliseconds = np.arange(20_000)
+    for rate in (8000, 11025, 16000):
+        expected = [int(ms / 1000 * rate) if rounding == "truncate" else int(ms) * rate // 1000 for ms in milliseconds]
+        assert audio.positions(milliseconds / 1000, rate, rounding).tolist() == expected
+
+
 @pytest.mark.parametrize("rates", [(0, 16000), (16000, -1)])
 def test_resample_refuses_rates_that_are_none(rates: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="rates must be positive"):
@@ -230,7 +244,7 @@ def test_a_torchaudio_that_does_not_fit_names_the_fix(monkeypatch: pytest.Monkey
     with pytest.raises(
         ImportError, match=r"same index: pip install 'torch>=2\.6,<2\.15' 'torchaudio>=2\.6'\. A CPU-only"
     ):
-        audio._torchaudio()
+        waveforms._torchaudio()
 
 
 # ----------------------------------------------------------------------------------------------------- fades, lengths

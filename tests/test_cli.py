@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import pandas as pd
 import pytest
 
 from respiro.cli import COMMANDS, main
+from respiro.datamodules import ICBHIDataModule
+from respiro.methods._checkpoint import read_checkpoint
+from respiro.splits import audit_leakage
 
 QUIET = "--trainer.accelerator cpu --trainer.enable_progress_bar false"
 
@@ -49,7 +53,7 @@ def test_an_unknown_command_lists_the_known_ones(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as stopped:
         run("fitt")
     assert stopped.value.code == 2
-    assert "fit" in capsys.readouterr().err
+    assert "'audit'" in capsys.readouterr().err
 
 
 def test_python_m_respiro() -> None:
@@ -57,8 +61,16 @@ def test_python_m_respiro() -> None:
     assert done.stdout.startswith("respiro ")
 
 
+def test_fit_goes_on_from_a_checkpoint(checkpoint: Path, icbhi_root: Path, tmp_path: Path) -> None:
+    data = f"--data ICBHIDataModule --data.root {icbhi_root} --data.duration 1 --data.batch_size 8"
+    trainer = f"--trainer.max_epochs 2 --trainer.limit_train_batches 2 --trainer.default_root_dir {tmp_path} {QUIET}"
+    run("fit", "--ckpt_path", checkpoint, *data.split(), *trainer.split())
+    resumed = read_checkpoint(next(tmp_path.rglob("last.ckpt")))
+    assert (resumed["epoch"], resumed["global_step"]) == (1, 4)
+
+
 def test_test_needs_only_the_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("test", checkpoint, *QUIET.split())
+    run("test", checkpoint, "--device", "cpu")
     assert "official" in capsys.readouterr().out
     report = checkpoint.parent / "report_test"
     result = json.loads((report / "result.json").read_text())
@@ -69,8 +81,66 @@ def test_test_needs_only_the_checkpoint(checkpoint: Path, capsys: pytest.Capture
 
 
 def test_validate_and_another_root(checkpoint: Path, icbhi_root: Path, tmp_path: Path) -> None:
-    run("validate", checkpoint, "--output", tmp_path / "out", "--data.root", icbhi_root, *QUIET.split())
-    assert (tmp_path / "out" / "result.json").exists()
+    copy = shutil.copytree(icbhi_root, tmp_path / "copy")
+    for path in copy.rglob("*_A*_*"):
+        path.unlink()
+    root = ["--data.root", copy, "--data.partial", "true"]
+    run("validate", checkpoint, "--output", tmp_path / "out", "--device", "cpu", *root)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["protocol"]["partial"] is True
+    assert "PARTIAL" in result["stamps"]
+
+
+def test_selecting_on_test_is_stamped(icbhi_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = f"--data ICBHIDataModule --data.root {icbhi_root} --data.duration 1 --data.select_on test"
+    trainer = f"--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.default_root_dir {tmp_path} {QUIET}"
+    run("fit", *data.split(), *trainer.split())
+    assert "TEST-SELECTED" in capsys.readouterr().out
+    run("test", next(tmp_path.rglob("last.ckpt")), "--output", tmp_path / "out", "--data.select_on", "val")
+    assert "TEST-SELECTED" in capsys.readouterr().out
+    assert "TEST-SELECTED" in json.loads((tmp_path / "out" / "result.json").read_text())["stamps"]
+
+
+def test_fit_without_a_validation_side(icbhi_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = f"--data ICBHIDataModule --data.root {icbhi_root} --data.duration 1 --data.val_fraction 0"
+    trainer = f"--trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.default_root_dir {tmp_path} {QUIET}"
+    run("fit", *data.split(), *trainer.split())
+    assert "last: " in capsys.readouterr().out
+
+
+def test_fit_on_sprsound(sprsound_root: Path, tmp_path: Path) -> None:
+    data = (
+        f"--data SPRSoundDataModule --data.root {sprsound_root} --data.task 2-1 --data.duration 1 --data.partial true"
+    )
+    trainer = f"--trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.default_root_dir {tmp_path} {QUIET}"
+    run("fit", *data.split(), *trainer.split())
+    run("test", next(tmp_path.rglob("last.ckpt")), "--output", tmp_path / "out")
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["classes"] == ["normal", "poor quality", "adventitious"]
+    assert {"average_score", "harmonic_score"} <= set(result["metrics"])
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("demo", "--output", tmp_path, "--epochs", 1)
+    assert "Synthetic sounds" in capsys.readouterr().out
+    assert (tmp_path / "report" / "confusion.png").exists()
+
+
+def test_a_part_of_somebody_else_is_named(
+    icbhi_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss = "class Loss(Base):\n    def forward(self, logits, labels):\n        return logits.mean()\n"
+    (tmp_path / "mylab.py").write_text(f"from respiro.component import Loss as Base\n{loss}")
+    monkeypatch.syspath_prepend(tmp_path)
+    data = f"--data ICBHIDataModule --data.root {icbhi_root} --data.duration 1 --model.loss mylab.Loss"
+    trainer = f"--trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.default_root_dir {tmp_path} {QUIET}"
+    run("fit", *data.split(), *trainer.split())
+    path, recording = next(tmp_path.rglob("last.ckpt")), next(icbhi_root.rglob("*.wav"))
+    with pytest.raises(SystemExit):
+        run("predict", path, recording)
+    assert "'mylab.Loss', which respiro did not write" in capsys.readouterr().err
+    run("predict", path, recording, "--part", "loss=mylab.Loss")
+    run("test", path, "--output", tmp_path / "out", "--part.loss", "mylab.Loss")
 
 
 def test_predict_writes_a_table(checkpoint: Path, icbhi_root: Path, tmp_path: Path) -> None:
@@ -96,14 +166,27 @@ def test_audit_prints_what_is_shared(icbhi_root: Path, sprsound_root: Path, caps
     assert "train against intra" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("protocol", ["official-clean", "patient-fold-1", "random-recording"])
+def test_audit_looks_at_the_split_that_fit_uses(
+    icbhi_root: Path, protocol: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ICBHIDataModule(icbhi_root, protocol=protocol)
+    sides = data.data.cycles.loc[data.split.train], data.data.cycles.loc[data.split.test]
+    run("audit", "icbhi", icbhi_root, "--protocol", protocol)
+    assert str(audit_leakage(*sides, data.data.all_recordings)) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (("data", "icbhi", "nowhere"), "DatasetNotFoundError"),
         (("test", "nowhere.ckpt"), "CheckpointError: no checkpoint"),
         (("predict", "nowhere.ckpt", "sound.wav"), "CheckpointError: no checkpoint"),
+        (("predict", "nowhere.ckpt", "sound.wav", "--cycles", "nowhere.txt"), "nowhere.txt"),
+        (("test", "--device", "cpu", "nowhere.ckpt"), "the checkpoint comes first"),
+        (("data", "icbhi", "nowhere", "--labels", "5-class"), "labels must be one of"),
+        (("audit", "icbhi", "nowhere", "--protocol", "offical"), "protocol must be one of"),
     ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_errors_are_one_clear_message(args: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

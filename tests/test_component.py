@@ -8,11 +8,12 @@ import json
 import pickle
 from pathlib import PurePosixPath
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from respiro.component import Backbone, Component, Loss, Transform, build, describe
+from respiro.component import Backbone, Component, Loss, Transform, build, describe, eval_mode
 from respiro.errors import CheckpointError
 from respiro.losses import CrossEntropy
 from respiro.models import CNN6, LinearHead
@@ -87,6 +88,26 @@ def test_a_module_is_used_as_it_is() -> None:
 def test_what_cannot_be_built_says_so(spec: dict[str, object], kind: type[Component], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         build(spec, kind, "loss")
+
+
+def test_numpy_scalars_are_plain() -> None:
+    assert describe(LinearHead(8, 2, dropout=np.float64(0.5)))["init_args"]["dropout"] == 0.5  # type: ignore[arg-type]
+    assert type(describe(LinearHead(8, 2, dropout=np.float64(0.5)))["init_args"]["dropout"]) is float  # type: ignore[arg-type]
+
+
+def test_a_foreign_part_inside_a_part_is_asked_for_under_the_outer_name() -> None:
+    spec = Pair(LinearHead(4, 2), []).spec() | {"class_path": "respiro.models.LinearHead"}
+    spec["init_args"]["first"] = {"class_path": "mylab.Foo"}
+    with pytest.raises(CheckpointError, match=r"'mylab.Foo', which respiro did not write.*\(path, head=\.\.\.\)"):
+        build(spec, Component, "head")
+
+
+def test_eval_mode_gives_every_part_its_own_mode_back() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    network[0].eval()
+    with eval_mode(network):
+        assert not any(part.training for part in network.modules())
+    assert [part.training for part in network.modules()] == [True, False, True]
 
 
 def test_what_is_no_part_says_so() -> None:

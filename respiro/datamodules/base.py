@@ -5,20 +5,29 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader
 
-from respiro import __version__, splits
+from respiro import __version__
 from respiro.datasets import RespiratoryDataset
-from respiro.datasets.base import CODED
+from respiro.datasets.base import CODED, check_reading
+from respiro.errors import DatasetNotFoundError, check_choice
+from respiro.splits import split as splits
 
 __all__ = ["Loader", "RespiratoryDataModule"]
 
 SelectOn = Literal["val", "test"]
 Loader = DataLoader[Any]
+#: Arguments of every data set that a datamodule hands on.
+_SETTINGS = (
+    *("sample_rate", "duration", "pad", "fade", "resample"),
+    *("partial", "any_encoding", "verify_tls", "cache_dir"),
+)
 
 
 class RespiratoryDataModule(LightningDataModule):
@@ -56,21 +65,36 @@ class RespiratoryDataModule(LightningDataModule):
         num_workers: int,
     ) -> None:
         super().__init__()
+        check_choice("protocol", protocol, splits.PROTOCOLS)
+        check_choice("select_on", select_on, get_args(SelectOn))
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction!r}")
-        if select_on not in ("val", "test"):
-            raise ValueError(f"select_on must be 'val' or 'test', got {select_on!r}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, got {num_workers!r}")
+        for name, value in (("seed", seed), ("num_workers", num_workers)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value!r}")
         self.split_protocol = protocol
         self.batch_size = batch_size
-        self.val_fraction = val_fraction
+        self.val_fraction = val_fraction if select_on == "val" else 0.0
         self.select_on = select_on
         self.seed = seed
         self.num_workers = num_workers
         self.protocol: dict[str, Any] = {}
+
+    def keep_settings(self) -> None:
+        """Make the saved arguments plain data that mean the same everywhere, and check those about reading."""
+        for name, value in self.hparams.items():
+            if isinstance(value, np.generic):
+                self.hparams[name] = value.item()
+            elif name in ("root", "cache_dir") and value is not None:
+                self.hparams[name] = str(Path(value).expanduser().absolute())
+        check_reading(*(self.hparams[name] for name in ("sample_rate", "duration", "pad", "fade", "resample")))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments that go to the data set as they are."""
+        return {name: self.hparams[name] for name in _SETTINGS}
 
     @abstractmethod
     def dataset(self, download: bool = False) -> RespiratoryDataset:
@@ -82,61 +106,71 @@ class RespiratoryDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download if asked to, and resample every cycle once (one process of each node)."""
-        self.dataset(download=True).prepare()
+        if self.hparams["download"]:
+            self.dataset(download=True)
+        self.data.prepare()
 
     @cached_property
-    def _all(self) -> RespiratoryDataset:
+    def data(self) -> RespiratoryDataset:
+        """Every side of the data set."""
         return self.dataset()
 
     @cached_property
     def split(self) -> splits.Split:
         """Row labels of the three sides, under the chosen protocol."""
-        val_fraction = self.val_fraction if self.select_on == "val" else 0.0
-        folds = self.folds if self.split_protocol.startswith("patient-fold") else None
+        cycles = self.data.cycles
+        if "train" not in set(cycles["split"]):
+            raise DatasetNotFoundError(
+                f"{self.hparams['root']} has no train side, so no protocol can be formed; add the train files "
+                f"(for SPRSound after 2022, those of 2022)"
+            )
         return splits.split_cycles(
-            self._all.cycles, self.split_protocol, val_fraction, self.seed, self.test_splits, folds
+            cycles, self.split_protocol, self.val_fraction, self.seed, self.test_splits, self._folds
         )
 
+    @property
+    def _folds(self) -> Mapping[str, int] | None:
+        return self.folds if self.split_protocol.startswith("patient-fold") else None
+
     def setup(self, stage: str) -> None:
-        """Read the tables and build only the sides that *stage* needs; called on every process."""
+        """Build only the sides that *stage* needs; called on every process."""
         if stage in {"fit", "validate"}:
-            self.train_set = self._all.subset(self.split.train)
-            self.val_set = self._all.subset(self.split.test if self.select_on == "test" else self.split.val)
+            self.train_set = self.data.subset(self.split.train)
+            self.val_set = self.data.subset(self.split.test if self.select_on == "test" else self.split.val)
             if stage == "validate" and not len(self.val_set):
                 raise ValueError("there is no validation side: val_fraction is 0")
         if stage in {"test", "predict"}:
-            self.test_set = self._all.subset(self.split.test)
+            self.test_set = self.data.subset(self.split.test)
         if not self.protocol:
             self.protocol = self._record()
 
     @property
     def class_counts(self) -> list[int]:
         """Train cycles of each class."""
-        return self._all.subset(self.split.train).class_counts
+        return self.data.subset(self.split.train).class_counts
 
     def _record(self) -> dict[str, Any]:
-        data = self._all
+        data = self.data
         sides = self.split.describe(data.cycles)
         del sides["name"], sides["seed"]  # said below, the seed also where nothing was drawn
+        folds = {"folds": "drawn" if self._folds is None else "published"} if "fold" in self.split_protocol else {}
         return {
             "dataset": type(data).__name__,
             "protocol": self.split.name,
+            **folds,
             "labels": self.label_map(),
             "classes": list(data.classes),
             "scoring": self.scoring,
             "test_splits": list(self.test_splits),
             "select_on": self.select_on,
-            "val_fraction": self.val_fraction if self.select_on == "val" else 0.0,
+            "val_fraction": self.val_fraction,
             "seed": self.seed,
             "partial": bool(getattr(data, "partial", False)),
+            "any_encoding": data.any_encoding,
             "left_out_by_labels": len(data.left_out),
-            "audio": {
-                "sample_rate": data.sample_rate,
-                "duration": data.duration,
-                "pad": data.pad,
-                "fade": data.fade,
-                "resample": data.resample,
-            },
+            **data.origin,
+            "data_digest": data.digest,
+            "audio": data.reading,
             "vocabularies": {name: list(data.vocabularies[name]) for name in CODED if name != "patient"},
             **sides,
             "respiro": __version__,

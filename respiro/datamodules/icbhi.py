@@ -10,6 +10,7 @@ from respiro.datamodules.base import RespiratoryDataModule, SelectOn
 from respiro.datasets import ICBHI
 from respiro.datasets.base import Fade
 from respiro.datasets.icbhi import CLASSES, Labels, respirenet_folds
+from respiro.errors import check_choice
 
 __all__ = ["ICBHIDataModule"]
 
@@ -37,6 +38,7 @@ class ICBHIDataModule(RespiratoryDataModule):
         partial: Go on with fewer recordings than the split lists; every result is then marked partial.
         any_encoding: Accept files that are not mono PCM as published.
         download: Fetch what is missing.
+        verify_tls: Check the certificate of the server when downloading.
         cache_dir: Where resampled cycles are kept.
 
     Raises:
@@ -73,7 +75,8 @@ class ICBHIDataModule(RespiratoryDataModule):
         partial: bool = False,
         any_encoding: bool = False,
         download: bool = False,
-        cache_dir: str | None = None,
+        verify_tls: bool = True,
+        cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__(
             protocol=protocol,
@@ -83,29 +86,20 @@ class ICBHIDataModule(RespiratoryDataModule):
             seed=seed,
             num_workers=num_workers,
         )
-        root = str(root)  # a Path among the hyperparameters would keep the checkpoint from loading safely
         self.save_hyperparameters()
-        if labels not in CLASSES:
-            raise ValueError(f"labels must be one of {', '.join(map(repr, CLASSES))}, got {labels!r}")
+        self.keep_settings()
+        check_choice("labels", labels, CLASSES)
         self.classes = CLASSES[labels]
         self.folds = respirenet_folds()
 
     def dataset(self, download: bool = False) -> ICBHI:
         """Read the tables of both sides."""
-        h = self.hparams
         return ICBHI(
-            h["root"],
+            self.hparams["root"],
             split="all",
-            labels=h["labels"],
-            sample_rate=h["sample_rate"],
-            duration=h["duration"],
-            pad=h["pad"],
-            fade=h["fade"],
-            resample=h["resample"],
-            partial=h["partial"],
-            any_encoding=h["any_encoding"],
-            download=download and h["download"],
-            cache_dir=h["cache_dir"],
+            labels=self.hparams["labels"],
+            download=download,
+            **self.settings,
         )
 
     def label_map(self) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from respiro.audio import Pad
 from respiro.datamodules.base import RespiratoryDataModule, SelectOn
 from respiro.datasets import SPRSound
+from respiro.datasets._sprsound_check import RECORDINGS
 from respiro.datasets.base import Fade
-from respiro.datasets.sprsound import CLASSES, Task
+from respiro.datasets.sprsound import CLASSES, RhonchiStridor, Task
+from respiro.errors import check_choice
 
 __all__ = ["SPRSoundDataModule"]
 
@@ -38,6 +40,7 @@ class SPRSoundDataModule(RespiratoryDataModule):
         partial: Go on with fewer recordings than published; every result is then marked partial.
         any_encoding: Accept files that are not mono PCM as published.
         download: Fetch what is missing.
+        verify_tls: Check the certificate of the server when downloading.
         cache_dir: Where resampled cycles are kept.
 
     Raises:
@@ -60,11 +63,12 @@ class SPRSoundDataModule(RespiratoryDataModule):
         pad: Pad = "repeat",
         fade: Fade = "recording",
         resample: Literal["recording", "cycle"] = "recording",
-        rhonchi_stridor: Literal["wheeze", "drop"] = "wheeze",
+        rhonchi_stridor: RhonchiStridor = "wheeze",
         partial: bool = False,
         any_encoding: bool = False,
         download: bool = False,
-        cache_dir: str | None = None,
+        verify_tls: bool = True,
+        cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__(
             protocol="official",
@@ -74,12 +78,12 @@ class SPRSoundDataModule(RespiratoryDataModule):
             seed=seed,
             num_workers=num_workers,
         )
-        if test_side not in ("inter", "intra", "both"):
-            raise ValueError(f"test_side must be 'inter', 'intra' or 'both', got {test_side!r}")
-        root = str(root)  # a Path among the hyperparameters would keep the checkpoint from loading safely
+        check_choice("test_side", test_side, ("inter", "intra", "both"))
         self.save_hyperparameters()
-        if task not in CLASSES:
-            raise ValueError(f"task must be one of {', '.join(map(repr, CLASSES))}, got {task!r}")
+        self.keep_settings()
+        check_choice("task", task, CLASSES)
+        check_choice("year", year, RECORDINGS)
+        check_choice("rhonchi_stridor", rhonchi_stridor, get_args(RhonchiStridor))
         self.classes = CLASSES[task]
         sides = ("inter", "intra") if test_side == "both" else (test_side,)
         self.test_splits = sides if year == 2022 else ("test",)
@@ -87,22 +91,14 @@ class SPRSoundDataModule(RespiratoryDataModule):
 
     def dataset(self, download: bool = False) -> SPRSound:
         """Read the tables of every side."""
-        h = self.hparams
         return SPRSound(
-            h["root"],
+            self.hparams["root"],
             split="all",
-            task=h["task"],
-            year=h["year"],
-            sample_rate=h["sample_rate"],
-            duration=h["duration"],
-            pad=h["pad"],
-            fade=h["fade"],
-            resample=h["resample"],
-            rhonchi_stridor=h["rhonchi_stridor"],
-            partial=h["partial"],
-            any_encoding=h["any_encoding"],
-            download=download and h["download"],
-            cache_dir=h["cache_dir"],
+            task=self.hparams["task"],
+            year=self.hparams["year"],
+            rhonchi_stridor=self.hparams["rhonchi_stridor"],
+            download=download,
+            **self.settings,
         )
 
     def label_map(self) -> str:

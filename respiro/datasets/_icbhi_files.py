@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from respiro.datasets._tables import Row, read_rows, unique
+from respiro.datasets._tables import WAY_OUT, Row, read_rows, unique
 from respiro.errors import AnnotationError, AudioError, DatasetNotFoundError, RespiroError
 
 #: Where the challenge page keeps its files.
@@ -50,6 +50,7 @@ END_TOLERANCE = 0.010
 _STEM = re.compile(r"(\d{3})_(\d[bp]\d)_(Tc|[APL][lr])_(mc|sc)_(AKGC417L|LittC2SE|Litt3200|Meditron)")
 _PATIENT = re.compile(r"\d{3}")
 _KIND = {name.lower(): kind for kind, names in SIDE_FILES.items() for name in names}
+_KIND["filename_differences.txt"] = "old names"
 
 
 class Name(NamedTuple):
@@ -112,7 +113,7 @@ class Tree(NamedTuple):
 
     recordings: dict[str, Recording]  #: by key, sorted; those that have sound and annotation
     alone: list[Path]  #: sound files without annotation, and the reverse
-    side_files: dict[str, list[Path]]  #: split, demographics, diagnosis
+    side_files: dict[str, list[Path]]  #: split, demographics, diagnosis, old names
     ignored: list[Path]  #: sound files whose name is not one of the database
 
 
@@ -134,7 +135,7 @@ def scan(root: Path) -> Tree:
         raise DatasetNotFoundError(f"ICBHI not found: {root} is not a folder. {how_to_get(root)}")
     sound: dict[str, list[tuple[Name, Path]]] = {}
     text: dict[str, list[tuple[Name, Path]]] = {}
-    side_files: dict[str, list[Path]] = {kind: [] for kind in SIDE_FILES}
+    side_files: dict[str, list[Path]] = {kind: [] for kind in _KIND.values()}
     ignored: list[Path] = []
     for path in _files(root):
         name, suffix = parse_name(path.stem), path.suffix.lower()
@@ -204,7 +205,7 @@ def read_split(paths: list[Path]) -> dict[str, Listed]:
     Raises:
         MetadataError: With file, line and text, if a line makes no sense.
     """
-    rows = [row for path in paths for row in read_rows(path, _STEM, (2,))]
+    rows = [row for path in paths for row in read_rows(path, _STEM, (2,), ("train", "test"))]
     names = [Name(*row.fields[0].split("_")) for row in rows]
     sides = unique(
         (name.key, row.choice(1, ("train", "test"), "side of the split"), row)
@@ -219,6 +220,15 @@ def read_split(paths: list[Path]) -> dict[str, Listed]:
     }
 
 
+def read_old_names(paths: list[Path]) -> frozenset[str]:
+    """Return the names that recordings of the Meditron had at first.
+
+    Raises:
+        MetadataError: With file, line and text, if a line is not a name.
+    """
+    return frozenset(row.fields[0] for path in paths for row in read_rows(path, _STEM, (1,)))
+
+
 def read_demographics(paths: list[Path]) -> dict[str, Patient]:
     """Return patient to demographics.
 
@@ -228,7 +238,7 @@ def read_demographics(paths: list[Path]) -> dict[str, Patient]:
     Raises:
         MetadataError: With file, line and text, if a line makes no sense.
     """
-    rows = [row for path in paths for row in read_rows(path, _PATIENT, (6, 7))]
+    rows = [row for path in paths for row in read_rows(path, _PATIENT, (6, 7), ("M", "F"))]
     return unique((row.fields[0], _patient(row), row) for row in rows)
 
 
@@ -243,7 +253,7 @@ def read_diagnosis(paths: list[Path]) -> dict[str, str]:
     Raises:
         MetadataError: With file, line and text, if a line makes no sense.
     """
-    rows = [row for path in paths for row in read_rows(path, _PATIENT, (2,))]
+    rows = [row for path in paths for row in read_rows(path, _PATIENT, (2,), DIAGNOSES)]
     return unique((row.fields[0], row.choice(1, DIAGNOSES, "diagnosis"), row) for row in rows)
 
 
@@ -267,14 +277,15 @@ def read_annotation(path: Path, duration: float) -> list[Cycle]:
         try:
             cycles.append((_cycle(fields, duration), line))
         except ValueError as error:
-            raise AnnotationError(f"{path}, line {line}: {error}") from None
+            raise AnnotationError(f"{path}, line {line}: {error}. {WAY_OUT}") from None
     if not cycles:
         raise AnnotationError(f"{path} has no cycle; fetch the file again")
     cycles.sort()
     for (before, _), (cycle, line) in itertools.pairwise(cycles):
         if cycle.start < before.end:
             raise AnnotationError(
-                f"{path}, line {line}: cycle starts ({cycle.start:g} s) before the previous one ends ({before.end:g} s)"
+                f"{path}, line {line}: cycle starts ({cycle.start:g} s) before the previous one ends "
+                f"({before.end:g} s). {WAY_OUT}"
             )
     return [cycle for cycle, _ in cycles]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import warnings
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,16 @@ from respiro.datasets._icbhi_files import (
     Tree,
     how_to_get,
     read_annotation,
+    read_old_names,
     scan,
 )
-from respiro.datasets._tables import listing
-from respiro.errors import AnnotationError, DatasetNotFoundError, MetadataError, PartialDatasetError
+from respiro.datasets._tables import WAY_OUT, listing
+from respiro.errors import AnnotationError, AudioError, DatasetNotFoundError, MetadataError, PartialDatasetError
 
 #: Its file says LittC2SE, the split file Meditron: probably forgotten when 91 recordings were renamed. All released
 #: code and all published counts go by the file.
 _FORGOTTEN = "226_1b1_Pl_sc"
+_BLOCK = 1 << 16
 
 
 def scan_all(root: Path) -> Tree:
@@ -40,7 +45,7 @@ def scan_all(root: Path) -> Tree:
             f"{len(tree.alone)} files under {root} stand alone, though a recording needs its annotation (.txt) and the "
             f"reverse: {listing(tree.alone)}. Unpack the archive again, or remove them."
         )
-    absent = [f"{kind} file ({' or '.join(SIDE_FILES[kind])})" for kind, paths in tree.side_files.items() if not paths]
+    absent = [f"{kind} file ({' or '.join(SIDE_FILES[kind])})" for kind in SIDE_FILES if not tree.side_files[kind]]
     if not tree.recordings:
         absent.append("recordings (.wav or .flac)")
     if absent:
@@ -79,7 +84,7 @@ def recordings_table(
     """Read every header and join it with what the name and the side files say, sorted by name.
 
     Raises:
-        AudioError: If a sound file cannot be used.
+        AudioError: If a sound file cannot be used, or two recordings are the same file.
         MetadataError: If a side file says nothing about a patient.
     """
     devices = _devices(tree, listed)
@@ -87,7 +92,9 @@ def recordings_table(
     for key, (name, sound, _) in tree.recordings.items():
         for kind, table in (("demographics", demographics), ("diagnosis", diagnosis)):
             if name.patient not in table:
-                raise MetadataError(f"{tree.side_files[kind][0]} has no line for patient {name.patient} ({sound})")
+                raise MetadataError(
+                    f"{tree.side_files[kind][0]} has no line for patient {name.patient} ({sound}). {WAY_OUT}"
+                )
         patient = demographics[name.patient]
         header = audio.read_header(sound)
         row: dict[str, Any] = {
@@ -104,17 +111,25 @@ def recordings_table(
             "duration": header.frames / header.sample_rate,
         }
         rows.append(row | patient._asdict() | header._asdict())
+    _check_distinct(recording.sound for recording in tree.recordings.values())
     numbers = dict.fromkeys(("age", "bmi", "weight", "height"), float)
     return pd.DataFrame(rows).astype(numbers)
 
 
 def _devices(tree: Tree, listed: dict[str, Listed]) -> dict[str, str]:
-    """Return key to device: that of the file name, but Meditron for the 91 recordings that have old names."""
+    """Return key to device: that of the file name, but Meditron for the 91 recordings that have old names.
+
+    An old name is known by the split file, which lists Meditron, or by the list of old names, where there is one.
+    Where files and split file both have old names and that list is not there, nothing can be known here: the old
+    device stays, and ``ICBHI.verify`` finds it by its counts.
+    """
+    old_names = read_old_names(tree.side_files["old names"])
     devices = {key: recording.name.device for key, recording in tree.recordings.items()}
     old = [
         key
         for key, device in devices.items()
-        if device in ("LittC2SE", "AKGC417L") and "Meditron" in listed[key].devices and key != _FORGOTTEN
+        if tree.recordings[key].name.recording in old_names
+        or (device in ("LittC2SE", "AKGC417L") and "Meditron" in listed[key].devices and key != _FORGOTTEN)
     ]
     if old:
         warnings.warn(
@@ -134,6 +149,45 @@ def _devices(tree: Tree, listed: dict[str, Listed]) -> dict[str, str]:
             stacklevel=2,
         )
     return devices | dict.fromkeys(old, "Meditron")
+
+
+def _check_distinct(sounds: Iterable[Path]) -> None:
+    """Refuse a sound that is there under two names: one of them would have the wrong patient, or leak into test.
+
+    817 of the originals have one length, so sizes alone tell little, and to read 2 GB would take long: whole files are
+    compared only where sizes and a block in the middle agree.
+
+    Raises:
+        AudioError: Names two files with the same bytes.
+    """
+    groups = [list(sounds)]
+    for fingerprint in (os.path.getsize, _middle, _digest):
+        groups = [alike for group in groups for alike in _alike(group, fingerprint)]
+    if groups:
+        first, second, *_ = groups[0]
+        raise AudioError(
+            f"{first} and {second} are two recordings with the same sound, so one of them is not what its name says. "
+            f"Fetch the originals again, or remove both and pass partial=True."
+        )
+
+
+def _alike(paths: list[Path], fingerprint: Callable[[Path], Hashable]) -> list[list[Path]]:
+    """Return the groups of files that share a fingerprint."""
+    groups: dict[Hashable, list[Path]] = {}
+    for path in paths:
+        groups.setdefault(fingerprint(path), []).append(path)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _middle(path: Path) -> bytes:
+    """Return a digest of 64 KiB in the middle of a file."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size // 2 - _BLOCK // 2))
+        return hashlib.sha256(file.read(_BLOCK)).digest()
+
+
+def _digest(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
 
 
 def cycles_table(recordings: pd.DataFrame, tree: Tree, diagnosis: bool, num_classes: int) -> pd.DataFrame:

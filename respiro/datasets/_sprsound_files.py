@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from respiro.audio import read_header
-from respiro.datasets._tables import listing
+from respiro.datasets._tables import WAY_OUT, listing
 from respiro.errors import AnnotationError
 
 __all__ = ["EVENTS", "RECORD_LABELS", "Part", "find_commit", "find_parts", "folders_looked_for", "read_parts"]
@@ -25,6 +25,8 @@ _CONTINUOUS = frozenset({"Rhonchi", "Wheeze", "Stridor", "Wheeze+Crackle"})
 _DISCONTINUOUS = frozenset({"Coarse Crackle", "Fine Crackle", "Wheeze+Crackle"})
 #: How far an event may reach beyond the end of its recording, seconds; it is then cut there.
 _OVERHANG = 0.010 + 1e-9  # 10 ms itself is within
+SOUND_SUFFIXES = (".wav", ".flac")
+_FETCH_OR_REMOVE = "Fetch the repository again, or remove what is too much."
 _NAME = re.compile(r"(?P<patient>\d*)_(?P<age>\d+(?:\.\d+)?)_(?P<gender>[01])_(?P<location>p[1-8])_\d+")
 
 
@@ -132,7 +134,7 @@ def _pairs(parts: dict[str, Part]) -> list[tuple[str, Path, Path]]:
     """Return split, annotation and sound of every recording; only the folder of its annotation tells its split."""
     pairs = []
     annotated: dict[Path, set[str]] = {}
-    sounds = {part.sounds: _by_stem(part.sounds, ".wav") for part in parts.values()}
+    sounds = {part.sounds: _by_stem(part.sounds, *SOUND_SUFFIXES) for part in parts.values()}
     without_sound = []
     for part in parts.values():
         annotations = _by_stem(part.annotations, ".json")
@@ -140,24 +142,31 @@ def _pairs(parts: dict[str, Part]) -> list[tuple[str, Path, Path]]:
         without_sound += [str(path) for stem, path in annotations.items() if stem not in sounds[part.sounds]]
         pairs += [(part.split, path, sounds[part.sounds].get(stem, path)) for stem, path in annotations.items()]
     if without_sound:
-        raise AnnotationError(f"{len(without_sound)} annotations have no .wav of their name: {listing(without_sound)}")
+        raise AnnotationError(
+            f"{len(without_sound)} annotations have no {' or '.join(SOUND_SUFFIXES)} of their name: "
+            f"{listing(without_sound)}. {_FETCH_OR_REMOVE}"
+        )
     if ("inter" in parts) != ("intra" in parts):  # they share one folder of sounds: half of it is not annotated here
         annotated.pop(parts["inter" if "inter" in parts else "intra"].sounds)
     silent = [
         str(path) for folder, stems in annotated.items() for stem, path in sounds[folder].items() if stem not in stems
     ]
     if silent:
-        raise AnnotationError(f"{len(silent)} recordings have no .json of their name: {listing(silent)}")
+        raise AnnotationError(
+            f"{len(silent)} recordings have no .json of their name: {listing(silent)}. {_FETCH_OR_REMOVE}"
+        )
     twice = [stem for stem, count in Counter(path.stem for _, path, _ in pairs).items() if count > 1]
     if twice:
-        raise AnnotationError(f"{len(twice)} recordings are in more than one split: {listing(twice)}")
+        raise AnnotationError(
+            f"{len(twice)} recordings are in more than one split: {listing(twice)}. {_FETCH_OR_REMOVE}"
+        )
     return pairs
 
 
-def _by_stem(folder: Path, suffix: str) -> dict[str, Path]:
+def _by_stem(folder: Path, *suffixes: str) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() != suffix or path.name.startswith("."):
+        if path.suffix.lower() not in suffixes or path.name.startswith("."):
             continue
         if path.stem in paths:
             raise AnnotationError(f"{path} and {paths[path.stem]} have the same name; keep one of them")
@@ -168,7 +177,10 @@ def _by_stem(folder: Path, suffix: str) -> dict[str, Path]:
 def _recording(split: str, annotation: Path, sound: Path) -> dict[str, Any]:
     name = _NAME.fullmatch(annotation.stem)
     if name is None:
-        raise AnnotationError(f"{annotation}: its name is not patient_age_gender_location_number")
+        raise AnnotationError(
+            f"{annotation}: its name is not patient_age_gender_location_number. Give it its published name, or remove "
+            f"it and its sound."
+        )
     header = read_header(sound)
     return {
         "recording": annotation.stem,
@@ -192,11 +204,11 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
-        raise AnnotationError(f"{path} is not a JSON file: {error}") from error
+        raise AnnotationError(f"{path} is not a JSON file: {error}. {WAY_OUT}") from error
     events = content.get("event_annotation") if isinstance(content, dict) else None
     if isinstance(content, dict) and isinstance(events, list) and all(isinstance(event, dict) for event in events):
         return content
-    raise AnnotationError(f"{path} has no list of events called 'event_annotation'")
+    raise AnnotationError(f"{path} has no list of events called 'event_annotation'. {WAY_OUT}")
 
 
 def _events(
@@ -208,9 +220,11 @@ def _events(
         where = f"{path}, event {position}"
         start, end = (_seconds(event, key, where) for key in ("start", "end"))
         if end <= start:
-            raise AnnotationError(f"{where} ends ({end:.3f} s) before or when it starts ({start:.3f} s)")
+            raise AnnotationError(f"{where} ends ({end:.3f} s) before or when it starts ({start:.3f} s). {WAY_OUT}")
         if end - length > _OVERHANG or start >= length:
-            raise AnnotationError(f"{where} ends at {end:.3f} s, after the end of its recording ({length:.3f} s)")
+            raise AnnotationError(
+                f"{where} ends at {end:.3f} s, after the end of its recording ({length:.3f} s). {WAY_OUT}"
+            )
         if end > length:
             notes.add(
                 "events end up to 10 ms after their recording and were cut there", f"{path.stem} event {position}"
@@ -221,7 +235,7 @@ def _events(
     for before, after in _overlaps(events):
         which = f"events {before['event_position']} and {after['event_position']}"
         if not overlaps_known:
-            raise AnnotationError(f"{path}: {which} overlap")
+            raise AnnotationError(f"{path}: {which} overlap. {WAY_OUT}")
         notes.add("pairs of events overlap and were kept, as published", f"{path.stem} {which}")
     return [{"recording": path.stem, "cycle": cycle, **event} for cycle, event in enumerate(events)]
 
@@ -242,7 +256,9 @@ def _seconds(event: dict[str, Any], key: str, where: str) -> float:
         if isinstance(value, bool) or not float(value).is_integer() or float(value) < 0:  # type: ignore[arg-type]
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise AnnotationError(f"{where}: {key!r} must be a whole number of milliseconds, got {value!r}") from None
+        raise AnnotationError(
+            f"{where}: {key!r} must be a whole number of milliseconds, got {value!r}. {WAY_OUT}"
+        ) from None
     return float(value) / 1000  # type: ignore[arg-type]
 
 
@@ -251,7 +267,7 @@ def _canonical(label: object, known: tuple[str, ...], where: str) -> str:
     for name in known:
         if isinstance(label, str) and _plain(label) == _plain(name):
             return name
-    raise AnnotationError(f"{where}: unknown label {label!r}; known are {', '.join(map(repr, known))}")
+    raise AnnotationError(f"{where}: unknown label {label!r}; known are {', '.join(map(repr, known))}. {WAY_OUT}")
 
 
 def _plain(label: str) -> str:

@@ -14,6 +14,9 @@ from respiro.errors import MetadataError
 
 Value = TypeVar("Value")
 _UNKNOWN = frozenset({"", "NA", "N/A", "nan", "NaN"})
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
+#: How to go on after an error in a file of a data set.
+WAY_OUT = "Correct the file, or fetch the original again."
 
 
 class Row(NamedTuple):
@@ -26,7 +29,7 @@ class Row(NamedTuple):
 
     def fail(self, problem: str) -> NoReturn:
         """Raise :class:`MetadataError` with file, line and text."""
-        raise MetadataError(f"{self.path}, line {self.line}: {problem}, in {self.text!r}")
+        raise MetadataError(f"{self.path}, line {self.line}: {problem}, in {self.text[:200]!r}. {WAY_OUT}")
 
     def number(self, position: int) -> float | None:
         """Return a field as a finite number, ``None`` where it is unknown."""
@@ -53,7 +56,7 @@ class Row(NamedTuple):
         return self.fields[position] in _UNKNOWN
 
 
-def read_rows(path: Path, key: re.Pattern[str], widths: Collection[int]) -> list[Row]:
+def read_rows(path: Path, key: re.Pattern[str], widths: Collection[int], values: Collection[str] = ()) -> list[Row]:
     """Read a table separated by commas, tabs or blanks, as side files circulate.
 
     UTF-8 with or without byte-order mark, any line ends, quoted fields, blank lines and one header line are fine.
@@ -62,6 +65,8 @@ def read_rows(path: Path, key: re.Pattern[str], widths: Collection[int]) -> list
         path: The file.
         key: What the first field of every line must match.
         widths: Allowed numbers of fields.
+        values: Words that occur in lines of data only. With them, numbers and ``NA`` a first line whose key is damaged
+            is told from a header, which would be passed over.
 
     Raises:
         MetadataError: If a line is anything else; names file, line and text.
@@ -80,14 +85,18 @@ def read_rows(path: Path, key: re.Pattern[str], widths: Collection[int]) -> list
             if len(row.fields) not in widths:
                 row.fail(f"expected {' or '.join(map(str, widths))} fields, found {len(row.fields)}")
             rows.append(row)
-        # A header starts with a letter; a damaged number or a conflict marker does not, and must not pass for one.
-        elif rows or header_seen or not row.fields[0][:1].isalpha():
-            row.fail(f"cannot make sense of the first field {row.fields[0]!r}")
+        # A header starts with a letter, which a damaged number or a conflict marker does not, and has only names.
+        elif rows or header_seen or not row.fields[0][:1].isalpha() or _has_value(row.fields[1:], values):
+            row.fail(f"cannot make sense of the first field {row.fields[0][:60]!r}")
         else:
             header_seen = True
     if not rows:
         raise MetadataError(f"{path} has no line to read; fetch the file again")
     return rows
+
+
+def _has_value(fields: list[str], values: Collection[str]) -> bool:
+    return any(field in values or field in _UNKNOWN - {""} or _NUMBER.fullmatch(field) for field in fields)
 
 
 def _fields(line: str) -> list[str]:

@@ -5,25 +5,28 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from respiro.errors import DownloadError
 
-__all__ = ["disk_errors", "unpack_zip"]
+__all__ = ["disk_errors", "locked", "unpack_zip"]
+
+_ASIDE = ".respiro-unpack"
 
 
 def unpack_zip(path: str | os.PathLike[str], folder: str | os.PathLike[str], progress: bool = True) -> None:
     """Unpack a zip archive into *folder*, which may already hold other files.
 
-    Everything is unpacked and checked (CRC) in a temporary folder and moved only then; files of the same name are
-    replaced.
+    Everything is unpacked and checked (CRC) in a temporary folder and moved only then. Files of the same name are
+    replaced, but those with the same content are left as they are: whoever reads them is not disturbed. A second
+    process that unpacks into *folder* waits for the first.
 
     Args:
         path: The archive.
@@ -37,13 +40,10 @@ def unpack_zip(path: str | os.PathLike[str], folder: str | os.PathLike[str], pro
     path, folder = Path(path), Path(folder)
     try:
         with disk_errors(path), zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            for member in members:
+            for member in archive.infolist():
                 _check_member(member, path)
-            with disk_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                _check_space(members, folder, path)
-                _unpack(archive, members, folder, progress)
+            with locked(folder / _ASIDE):
+                _unpack(archive, folder, path, progress)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
         raise DownloadError(f"{path} cannot be unpacked: {error}. Remove it and download it again.") from error
 
@@ -57,6 +57,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise DownloadError(f"cannot write or read {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep every other process and thread that asks the same off *path*; makes its folder if necessary.
+
+    The lock is the file ``<path>.lock``, which stays: to remove it while others wait for it would let two of them in.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            yield
 
 
 def _check_member(member: zipfile.ZipInfo, path: Path) -> None:
@@ -75,9 +87,13 @@ def _check_space(members: list[zipfile.ZipInfo], folder: Path, path: Path) -> No
         raise DownloadError(f"{path} needs {needed / 1e9:.2f} GB in {folder}, which has {free / 1e9:.2f} GB free.")
 
 
-def _unpack(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], folder: Path, progress: bool) -> None:
+def _unpack(archive: zipfile.ZipFile, folder: Path, path: Path, progress: bool) -> None:
     # Inside `folder`, hence on its file system even where it is a mount point: moving is renaming.
-    aside = Path(tempfile.mkdtemp(prefix=".unpack-", dir=folder))
+    aside = folder / _ASIDE
+    shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed: a living one would hold the lock
+    members = [member for member in archive.infolist() if not _is_there(member, folder)]
+    _check_space(members, folder, path)
+    aside.mkdir()
     try:
         for member in tqdm(members, desc="unpack", unit="file", disable=not progress):
             target = aside / member.filename
@@ -91,6 +107,19 @@ def _unpack(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], folder: Pa
             _move(entry, folder / entry.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_there(member: zipfile.ZipInfo, folder: Path) -> bool:
+    target = folder / member.filename
+    if member.is_dir():
+        return target.is_dir()
+    if not target.is_file() or target.stat().st_size != member.file_size:
+        return False
+    checksum = 0
+    with target.open("rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum == member.CRC
 
 
 def _move(source: Path, target: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypedDict
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypedDict, get_args
 
 import numpy as np
 import pandas as pd
@@ -14,10 +16,10 @@ from torch.utils.data import Dataset
 from typing_extensions import Self
 
 from respiro import audio
-from respiro.errors import AudioError, LabelError
+from respiro.errors import AudioError, LabelError, check_choice
 from respiro.store import WaveformStore
 
-__all__ = ["Batch", "RespiratoryDataset"]
+__all__ = ["Batch", "RespiratoryDataset", "check_reading"]
 
 Fade = Literal["recording", "cycle", "none"]
 #: Metadata columns that every sample carries as an integer, -1 where unknown.
@@ -29,7 +31,7 @@ PUBLISHED_ENCODINGS = frozenset({"PCM_16", "PCM_24"})
 class Batch(TypedDict):
     """One collated batch of ``B`` cycles, each fitted to ``S`` samples."""
 
-    waveform: Tensor  #: (B, S) float32 in [-1, 1]
+    waveform: Tensor  #: (B, S) float32 in [-1, 1], but for what resampling adds to a clipped recording
     label: Tensor  #: (B,) int64
     index: Tensor  #: (B,) int64, row label in the cycles table
     length: Tensor  #: (B,) int64, samples before padding
@@ -71,8 +73,8 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         AudioError: If a file is not in the published form and *any_encoding* is false.
     """
 
-    #: How seconds become sample positions: see :meth:`respiro.store.WaveformStore.open`.
-    rounding: ClassVar[Literal["truncate", "milliseconds"]] = "truncate"
+    #: How seconds become sample positions: see :func:`respiro.audio.positions`.
+    rounding: ClassVar[audio.Rounding] = "truncate"
 
     def __init__(
         self,
@@ -87,10 +89,10 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         pad: audio.Pad = "repeat",
         fade: Fade = "recording",
         resample: Literal["recording", "cycle"] = "recording",
-        cache_dir: str | None = None,
+        cache_dir: str | Path | None = None,
         any_encoding: bool = False,
     ) -> None:
-        _check_arguments(sample_rate, duration, pad, fade, resample)
+        check_reading(sample_rate, duration, pad, fade, resample)
         if not any_encoding:
             _check_encoding(recordings)
         self.classes = classes
@@ -101,6 +103,7 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         self.fade: Fade = fade
         self.resample: Literal["recording", "cycle"] = resample
         self.cache_dir = cache_dir
+        self.any_encoding = any_encoding
         self.all_recordings = recordings
         shared = [
             column for column in recordings.columns if column not in cycles.columns and column not in _FILE_COLUMNS
@@ -128,6 +131,23 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         return self.all_cycles[self.all_cycles["label"] < 0]
 
     @property
+    def reading(self) -> dict[str, Any]:
+        """How recordings become waveforms, as plain data."""
+        names = ("sample_rate", "duration", "pad", "fade", "resample", "rounding")
+        return {name: getattr(self, name) for name in names}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all recordings (name, rate, length, split) and all cycles (times, label): which data this is."""
+        parts = self.all_recordings[["recording", "sample_rate", "frames", "split"]], self.all_cycles[_CYCLE_COLUMNS]
+        return hashlib.sha256("".join(part.to_csv(index=False) for part in parts).encode()).hexdigest()
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What else tells which data this is, as plain data for the protocol record."""
+        return {}
+
+    @property
     def class_counts(self) -> list[int]:
         """Number of cycles of each class."""
         return [int(count) for count in np.bincount(self.cycles["label"], minlength=len(self.classes))]
@@ -135,11 +155,13 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
     def subset(self, index: np.ndarray | pd.Index) -> Self:
         """Return this data set with only the cycles of these row labels, in this order."""
         other = copy.copy(self)
-        for cached in ("cycles", "recordings", "_columns"):
+        for cached in ("cycles", "recordings", "_columns"):  # what depends on the rows
             other.__dict__.pop(cached, None)
-        other._rows = self.all_cycles.index.get_indexer(pd.Index(index))
-        if (other._rows < 0).any():
-            raise LabelError(f"row {np.asarray(index)[other._rows < 0][0]} is not in the cycles table")
+        positions = self.cycles.index.get_indexer(pd.Index(index))
+        if (positions < 0).any():
+            row = np.asarray(index)[positions < 0][0]
+            raise LabelError(f"row {row} is not a cycle of this data set; take row labels from its cycles table")
+        other._rows = self._rows[positions]
         return other
 
     @cached_property
@@ -220,21 +242,19 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
             print(f"left out by the label map: {len(self.left_out)} cycles")
 
 
+_CYCLE_COLUMNS = ["recording", "start", "end", "label"]
 _FILE_COLUMNS = ("path", "frames", "channels", "encoding", "duration")
 
 
-def _check_arguments(sample_rate: int, duration: float, pad: str, fade: str, resample: str) -> None:
-    if sample_rate < 1000:
-        raise ValueError(f"sample_rate must be at least 1000 Hz, got {sample_rate!r}")
-    if not 0 < duration < float("inf"):
-        raise ValueError(f"duration must be positive seconds, got {duration!r}")
-    for name, value, allowed in (
-        ("pad", pad, ("repeat", "zero", "reflect")),
-        ("fade", fade, ("recording", "cycle", "none")),
-        ("resample", resample, ("recording", "cycle")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+def check_reading(sample_rate: int, duration: float, pad: str, fade: str, resample: str) -> None:
+    """Raise a ``ValueError`` for arguments about reading that have no meaning."""
+    if not isinstance(sample_rate, int) or sample_rate < 1000:
+        raise ValueError(f"sample_rate must be a whole number of at least 1000 Hz, got {sample_rate!r}")
+    if not 0.01 <= duration < float("inf"):
+        raise ValueError(f"duration must be at least 0.01 s, got {duration!r}")
+    check_choice("pad", pad, get_args(audio.Pad))
+    check_choice("fade", fade, get_args(Fade))
+    check_choice("resample", resample, ("recording", "cycle"))
     if fade == "recording" and resample == "cycle":
         raise ValueError(
             "fade='recording' needs resample='recording': a cycle resampled alone has no recording to fade"

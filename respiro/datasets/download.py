@@ -19,7 +19,7 @@ from urllib.request import HTTPRedirectHandler, HTTPSHandler, OpenerDirector, Re
 from tqdm import tqdm
 
 from respiro import __version__
-from respiro.datasets._unpack import disk_errors, unpack_zip
+from respiro.datasets._unpack import disk_errors, locked, unpack_zip
 from respiro.errors import DownloadError
 
 __all__ = ["fetch", "unpack_zip"]
@@ -47,7 +47,8 @@ def fetch(
 
     The bytes go to ``<path>.part`` and are renamed once they are complete, so *path* is never half a file. A part that
     an earlier call left behind is continued where the server allows it and still has the same file, else the download
-    starts afresh. Dropped connections are tried again a few times.
+    starts afresh. Dropped connections are tried again a few times. Of several processes or threads that fetch one
+    *path*, one downloads and the others wait for it; the file ``<path>.lock`` stays.
 
     Args:
         url: An ``http`` or ``https`` address; redirects are followed, though never from ``https`` to ``http``.
@@ -66,11 +67,18 @@ def fetch(
     if urlsplit(url).scheme not in {"http", "https"}:
         raise ValueError(f"url must start with 'http://' or 'https://', got {url!r}")
     path = Path(path)
-    if path.is_file() and _difference(path, sha256, size) is None:
-        return path
-    part = _Part(path, url)
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if not _is_done(path, sha256, size):
+        with locked(path):
+            if not _is_done(path, sha256, size):  # by whoever held the lock
+                _download(_Part(path, url), sha256, size, verify_tls, progress)
+    return path
+
+
+def _is_done(path: Path, sha256: str | None, size: int | None) -> bool:
+    return path.is_file() and _difference(path, sha256, size) is None
+
+
+def _download(part: _Part, sha256: str | None, size: int | None, verify_tls: bool, progress: bool) -> None:
     opener = build_opener(_Redirects(), HTTPSHandler(context=_tls_context(verify_tls)))
     for wait in (*_WAITS, None):
         try:
@@ -83,18 +91,17 @@ def fetch(
                 raise final from error
             if wait is None:
                 what = f"{str(error) or type(error).__name__} ({len(_WAITS) + 1} attempts)"
-                raise DownloadError(f"{url}: {what}. {part.how_to_go_on}") from error
+                raise DownloadError(f"{part.url}: {what}. {part.how_to_go_on}") from error
             time.sleep(wait)
     if difference := _difference(part.file, sha256, size):
         part.forget()
         raise DownloadError(
-            f"{url}: {difference}; the file was removed. The published file may have been replaced, or something on "
-            f"the way answered in its place. {part.by_hand}"
+            f"{part.url}: {difference}; the file was removed. The published file may have been replaced, or something "
+            f"on the way answered in its place. {part.by_hand}"
         )
-    with disk_errors(path):
-        part.file.replace(path)
+    with disk_errors(part.path):
+        part.file.replace(part.path)
         part.forget()
-    return path
 
 
 class _Part:
@@ -174,13 +181,18 @@ def _transfer(opener: OpenerDirector, part: _Part, size: int | None, progress: b
             )
         if first == 0:
             part.start(response.headers, total)
-        done = _copy(response, part.file, first, total, progress)
+        _copy(response, part.file, first, total, progress)
+    with disk_errors(part.file):
+        done = part.file.stat().st_size
+    if total is not None and done > total:  # a program that knows nothing of our lock wrote to it as well
+        part.forget()
+        raise _DroppedError(f"{part.file} has {done} bytes, the file {total}")
     if total is not None and done < total:
         raise _DroppedError(f"the connection ended after {done} of {total} bytes")
 
 
-def _copy(response: http.client.HTTPResponse, target: Path, begin: int, total: int | None, progress: bool) -> int:
-    """Append the body to *target* and return the size reached, bytes."""
+def _copy(response: http.client.HTTPResponse, target: Path, begin: int, total: int | None, progress: bool) -> None:
+    """Append the body to *target*, which has *begin* bytes of *total* so far."""
     with disk_errors(target):
         file = target.open("ab")
     bar = tqdm(total=total, initial=begin, unit="B", unit_scale=True, desc=target.stem, disable=not progress)
@@ -191,8 +203,6 @@ def _copy(response: http.client.HTTPResponse, target: Path, begin: int, total: i
                 file.write(block)
                 file.flush()
             bar.update(len(block))
-            begin += len(block)
-    return begin
 
 
 def _extent(response: http.client.HTTPResponse) -> tuple[int, int | None]:

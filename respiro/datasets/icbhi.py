@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -21,9 +22,9 @@ from respiro.datasets._icbhi_files import (
 )
 from respiro.datasets._icbhi_tables import cycles_table, missing_recordings, recordings_table, scan_all
 from respiro.datasets._tables import mark_clean
-from respiro.datasets.base import Fade, RespiratoryDataset
+from respiro.datasets.base import Fade, RespiratoryDataset, check_reading
 from respiro.datasets.download import fetch, unpack_zip
-from respiro.errors import DownloadError, PartialDatasetError
+from respiro.errors import DownloadError, MetadataError, PartialDatasetError, check_choice
 
 __all__ = ["ICBHI", "respirenet_folds"]
 
@@ -84,7 +85,7 @@ class ICBHI(RespiratoryDataset):
         PartialDatasetError: If recordings are missing and *partial* is false.
         AnnotationError: If an annotation makes no sense, or a recording has none.
         MetadataError: If a side file has a line that makes no sense, or says nothing about a recording or patient.
-        AudioError: If a sound file cannot be used.
+        AudioError: If a sound file cannot be used, or two recordings are the same file.
         DownloadError: If a download fails.
         ValueError: If an argument has no meaning.
     """
@@ -103,13 +104,13 @@ class ICBHI(RespiratoryDataset):
         partial: bool = False,
         download: bool = False,
         verify_tls: bool = True,
-        cache_dir: str | None = None,
+        cache_dir: str | Path | None = None,
         any_encoding: bool = False,
     ) -> None:
+        check_reading(sample_rate, duration, pad, fade, resample)  # before a download of 2 GB
         for name, value, kind in (("split", split, Side), ("protocol", protocol, Protocol), ("labels", labels, Labels)):
-            if value not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
-        self.root = Path(root).expanduser()
+            check_choice(name, value, get_args(kind))
+        self.root = Path(root).expanduser().absolute()
         self.protocol = protocol
         self.labels = labels
         if download:
@@ -194,7 +195,8 @@ class ICBHI(RespiratoryDataset):
                 :meth:`ICBHI.verify` checks the content either way.
 
         Raises:
-            DownloadError: If a file cannot be fetched or unpacked; names the addresses to fetch by hand.
+            DownloadError: If a file cannot be fetched or unpacked, or is something else (some servers answer with a
+                page that says so); names the addresses to fetch by hand.
         """
         root, url = Path(root).expanduser(), url.rstrip("/") + "/"
         root.mkdir(parents=True, exist_ok=True)
@@ -202,7 +204,7 @@ class ICBHI(RespiratoryDataset):
         try:
             for kind, names in SIDE_FILES.items():
                 if not tree.side_files[kind]:
-                    tree.side_files[kind].append(fetch(url + names[0], root / names[0], verify_tls=verify_tls))
+                    tree.side_files[kind].append(_fetch_table(kind, url + names[0], root / names[0], verify_tls))
             if read_split(tree.side_files["split"]).keys() - tree.recordings.keys():
                 archive = fetch(url + ARCHIVE, root / ARCHIVE, verify_tls=verify_tls)
                 unpack_zip(archive, root)
@@ -212,6 +214,26 @@ class ICBHI(RespiratoryDataset):
                 f"{error}\nAll of ICBHI by hand: fetch {', '.join(addresses)}, put the files into {root} and unpack "
                 f"the archive there."
             ) from error
+
+
+_READERS: dict[str, Callable[[list[Path]], object]] = {
+    "split": read_split,
+    "demographics": read_demographics,
+    "diagnosis": read_diagnosis,
+}
+
+
+def _fetch_table(kind: str, url: str, path: Path, verify_tls: bool) -> Path:
+    """Fetch a side file, and keep it only if it can be read as one."""
+    fetch(url, path, verify_tls=verify_tls)
+    try:
+        _READERS[kind]([path])
+    except MetadataError as error:
+        path.unlink(missing_ok=True)
+        raise DownloadError(
+            f"{url}: the server answered with something else than the {kind} file, which was removed: {error}"
+        ) from error
+    return path
 
 
 def respirenet_folds() -> dict[str, int]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import pandas as pd
 
 from respiro import audio
 from respiro.datasets import _sprsound_check, _sprsound_files
 from respiro.datasets._sprsound_files import EVENTS, RECORD_LABELS
-from respiro.datasets.base import Fade, RespiratoryDataset
+from respiro.datasets.base import Fade, RespiratoryDataset, check_reading
 from respiro.datasets.download import fetch, unpack_zip
-from respiro.errors import DatasetNotFoundError, PartialDatasetError
+from respiro.errors import DatasetNotFoundError, PartialDatasetError, check_choice
 
 __all__ = ["SPRSound"]
 
@@ -55,7 +55,8 @@ class SPRSound(RespiratoryDataset):
     in it: look at the leakage audit.
 
     *root* may be the repository, in any of its three layouts, the folder that contains it, or a folder of one release
-    (``BioCAS2022/``, ``Classification/``). ``Detection/`` is never read: it mixes releases.
+    (``BioCAS2022/``, ``Classification/``). ``Detection/`` is never read: it mixes releases. The sounds are published as
+    ``.wav``; lossless ``.flac`` of the same names in their place is read as well.
 
     A record label follows from its events (no events: Poor Quality). The releases after 2023 publish none; where one is
     published and contradicts its events, the events are believed and a warning names it.
@@ -103,7 +104,7 @@ class SPRSound(RespiratoryDataset):
         ValueError: If an argument has no meaning.
     """
 
-    rounding: ClassVar[Literal["truncate", "milliseconds"]] = "milliseconds"
+    rounding: ClassVar[audio.Rounding] = "milliseconds"
 
     def __init__(
         self,
@@ -119,15 +120,15 @@ class SPRSound(RespiratoryDataset):
         partial: bool = False,
         download: bool = False,
         verify_tls: bool = True,
-        cache_dir: str | None = None,
+        cache_dir: str | Path | None = None,
         any_encoding: bool = False,
         rhonchi_stridor: RhonchiStridor = "wheeze",
     ) -> None:
         splits = _splits(split, year)
-        for name, value, kind in (("task", task, Task), ("rhonchi_stridor", rhonchi_stridor, RhonchiStridor)):
-            if value not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
-        self.root = Path(root).expanduser()
+        check_reading(sample_rate, duration, pad, fade, resample)  # before a download
+        check_choice("task", task, get_args(Task))
+        check_choice("rhonchi_stridor", rhonchi_stridor, get_args(RhonchiStridor))
+        self.root = Path(root).expanduser().absolute()
         self.task = task
         self.year = year
         if download:
@@ -167,6 +168,12 @@ class SPRSound(RespiratoryDataset):
     def without_events(self) -> list[str]:
         """Names of the recordings of every split that have no events: in tasks on events they do not occur."""
         return self.all_recordings.loc[self.all_recordings["record_label"] == "Poor Quality", "recording"].tolist()
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Year of the release, commit of the repository where known, and recordings that a task on events lacks."""
+        lacking = 0 if self.task.startswith("2") else len(self.without_events)
+        return {"year": self.year, "commit": self.commit, "recordings_without_events": lacking}
 
     def summary(self) -> None:
         """Print the counts per split and class, and what no count includes."""

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self
 
 from respiro import __version__
 from respiro.errors import LabelError
-from respiro.evaluation import _scores, plots, report
-from respiro.evaluation.statistics import Interval, bootstrap_by_patient
+from respiro.evaluation import _inference, _protocol, _scores, plots, report
+from respiro.evaluation.statistics import Interval, bootstrap_by_patient, patient_or_recording
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "evaluate"]
 
 _STAGES = {"val": "validate", "test": "test"}
+_READING = ("duration", "pad", "fade", "resample")
 _GROUPS = ("device", "location", "sex", "age_group")
 
 
@@ -41,25 +38,26 @@ class Evaluation:
 
     Attributes:
         predictions: One row a cycle, row labels those of the cycles table: ``recording``, ``cycle``, ``start`` and
-            ``end`` (s), ``class``, ``label``, ``prediction``, ``predicted_class``, ``p_<class>`` for each class, and
-            all metadata.
+            ``end`` (s), ``class``, ``label``, ``prediction``, ``predicted_class``, ``p_<class>`` for each class,
+            all metadata, and ``stamps``: what makes the result incomparable, joined by ``;``, empty if nothing does.
         classes: Class names in the order of their labels.
         scoring: ``"icbhi"`` or ``"sprsound"``.
         metrics: ``sensitivity``, ``specificity``, ``score``; for ICBHI with more than two classes
             ``two_class_sensitivity`` and ``two_class_score`` (any abnormal class is right for an abnormal cycle), for
             SPRSound ``average_score`` and ``harmonic_score``; ``macro_f1`` and ``balanced_accuracy`` over the classes
             that have cycles, ``accuracy``, and ``ece`` (expected calibration error, 15 bins of equal width).
-        intervals: 95 % interval over patients of each metric but ``ece``.
+        intervals: 95 % interval over patients of each metric but ``ece``. A recording without a patient is taken as a
+            patient of its own, as the splits do.
         per_class: ``class``, ``recall``, ``precision``, ``f1``, ``support`` (cycles).
         by_group: ``group``, ``value``, ``cycles``, ``patients``, ``sensitivity``, ``specificity``, ``score``, for
             device, location, sex, age group, and for each test set where there are several.
         floor: The metrics of calling every cycle normal.
         disjoint: The metrics without patients who are on the train side too, with ``recall_<class>``, ``cycles`` and
-            ``patients``; ``None`` where there are no such patients.
+            ``patients``; ``None`` where there are no such patients, or the model was trained on other data sets only.
         confusion: Cycles by true class (rows) and predicted class.
         calibration: Cycles, mean ``confidence`` and ``accuracy`` of each bin of the largest probability.
-        protocol: Record of data set, split, label map, selection rule and seed; the record the model was trained
-            under is at ``"training"``.
+        protocol: Record of data set, split, label map, selection rule and seed; the record of the model's latest
+            training is at ``"training"``, those of all, oldest first, at ``"training_history"`` if there are several.
         versions: Of respiro, torch, lightning and Python.
     """
 
@@ -84,19 +82,21 @@ class Evaluation:
         """Score a table of predictions, for example ``predictions.csv`` read back.
 
         Args:
-            predictions: ``label``, ``prediction``, ``patient``, ``p_<class>`` for each class, and metadata.
+            predictions: ``label``, ``prediction``, ``patient``, ``p_<class>`` for each class, and metadata. Where a
+            patient is missing, ``recording`` stands for it, if the table has that. ``stamps`` are kept.
             classes: Class names in the order of their labels.
             scoring: ``"icbhi"`` or ``"sprsound"``.
             protocol: Record to keep beside the scores.
         """
         classes = tuple(classes)
+        protocol, predictions = _stamped(protocol, predictions)
         confmat = _scores.confusion(predictions, len(classes))
         bins = _scores.calibration(
             predictions[[f"p_{name}" for name in classes]].max(axis=1),
             predictions["label"] == predictions["prediction"],
         )
 
-        def score(counts: npt.NDArray[np.int64]) -> dict[str, float]:
+        def score(counts: _scores.Counts) -> dict[str, float]:
             return _scores.overall_scores(counts, scoring, classes)
 
         groups = [name for name in _GROUPS if name in predictions]
@@ -110,7 +110,7 @@ class Evaluation:
             intervals=bootstrap_by_patient(
                 predictions["label"],
                 predictions["prediction"],
-                predictions["patient"],
+                patient_or_recording(predictions),
                 score,
                 num_classes=len(classes),
             ),
@@ -120,7 +120,7 @@ class Evaluation:
             disjoint=_disjoint(predictions, classes, scoring, protocol),
             confusion=pd.DataFrame(confmat, pd.Index(classes, name="true"), pd.Index(classes, name="predicted")),
             calibration=bins,
-            protocol=dict(protocol),
+            protocol=protocol,
             versions=_versions(),
         )
 
@@ -161,12 +161,16 @@ def evaluate(
 ) -> Evaluation:
     """Run a model over one side of a data set and score it; needs no trainer.
 
-    The model runs in eval mode on the device it is on, and gets its train mode back.
+    The model runs in eval mode on the device it is on, and gets its train mode back. Nothing is shared between
+    processes: where there are several, each that calls this evaluates the whole side, so let one do it.
 
     Args:
-        model: Maps waveforms to logits. Its ``classes`` and ``protocol``, if it has them, are checked and recorded.
-        datamodule: Any with ``prepare_data``, ``setup``, ``<split>_dataloader``, ``<split>_set`` (with ``cycles``),
-            ``classes``, ``scoring`` and ``protocol``, such as :class:`respiro.datamodules.ICBHIDataModule`.
+        model: Maps waveforms to logits. Its ``classes``, ``audio`` (how it reads sound: ``sample_rate`` and more),
+            ``protocol`` and ``history`` (of its trainings), if it has them, are checked and recorded.
+        datamodule: Any with ``prepare_data``, ``setup``, ``<split>_set`` (samples with ``waveform`` and ``index``, and
+            their table ``cycles``), ``classes``, ``scoring`` and ``protocol``, such as
+            :class:`respiro.datamodules.ICBHIDataModule`. Its ``batch_size`` and ``num_workers`` are used if it has
+            them (else 32 and 0), its loaders are not.
         split: The side to evaluate on.
         output_dir: Where to save the result; by default it is not saved.
 
@@ -175,19 +179,29 @@ def evaluate(
 
     Raises:
         LabelError: If the model's classes are not those of the data set.
-        ValueError: If there is no such split, a logit is not finite, or a cycle came twice or not at all.
+        ValueError: If there is no such split, the data set has another sampling rate than the model, a logit is not
+            finite, or a cycle came twice or not at all.
+
+    Warns:
+        UserWarning: If the data set is otherwise read or scored than the model's training data.
     """
     if split not in _STAGES:
         raise ValueError(f"split must be one of {', '.join(map(repr, _STAGES))}, got {split!r}")
     datamodule.prepare_data()
     datamodule.setup(_STAGES[split])
     classes = tuple(datamodule.classes)
+    protocol = _protocol.make_record(model, datamodule, split)
     _check_classes(getattr(model, "classes", None), classes)
-    index, logits = _run(model, getattr(datamodule, f"{split}_dataloader")(), classes)
-    predictions = _predictions(getattr(datamodule, f"{split}_set").cycles, index, logits, classes)
-    evaluation = Evaluation.from_predictions(
-        predictions, classes, datamodule.scoring, _protocol(model, datamodule, split)
+    _check_audio(getattr(model, "audio", None) or {}, protocol.get("audio") or {})
+    _check_scoring(protocol.get("training", {}).get("scoring"), datamodule.scoring)
+    predictions = _inference.predict(
+        model,
+        getattr(datamodule, f"{split}_set"),
+        classes,
+        batch_size=getattr(datamodule, "batch_size", 32),
+        num_workers=getattr(datamodule, "num_workers", 0),
     )
+    evaluation = Evaluation.from_predictions(predictions, classes, datamodule.scoring, protocol)
     if output_dir is not None:
         evaluation.save(output_dir)
     return evaluation
@@ -201,70 +215,51 @@ def _check_classes(known: Sequence[str] | None, classes: tuple[str, ...]) -> Non
         )
 
 
-def _run(model: nn.Module, loader: Any, classes: tuple[str, ...]) -> tuple[npt.NDArray[np.int64], Tensor]:
-    """Return row labels ``(N,)`` and logits ``(N, C)`` in the order in which the cycles came."""
-    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
-    index, logits = [], []
-    with _eval_mode(model), torch.inference_mode():
-        for batch in loader:
-            output = model(batch["waveform"].to(device))
-            if output.shape != (len(batch["index"]), len(classes)):
-                raise LabelError(
-                    f"the model gives an output of shape {tuple(output.shape)} for {len(batch['index'])} cycles of a "
-                    f"data set with {len(classes)} classes {list(classes)}; expected one logit for each class"
-                )
-            index.append(batch["index"].cpu())
-            logits.append(output.float().cpu())
-    if not index:
-        raise ValueError("there is no cycle to evaluate on: the data loader is empty")
-    return torch.cat(index).numpy(), torch.cat(logits)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode; afterwards give every part its own mode back, as some may be frozen in eval mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _predictions(
-    cycles: pd.DataFrame, index: npt.NDArray[np.int64], logits: Tensor, classes: tuple[str, ...]
-) -> pd.DataFrame:
-    """Join the model's output with the cycles table, in the table's order."""
-    came = pd.Index(index)
-    if not came.is_unique or len(came) != len(cycles) or not came.isin(cycles.index).all():
+def _check_audio(model: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    differing = {name: (model[name], data[name]) for name in model.keys() & data.keys() if model[name] != data[name]}
+    if "sample_rate" in differing:
+        wanted, given = differing["sample_rate"]
         raise ValueError(
-            f"the data loader gave {len(came)} cycles, {came.nunique()} different ones, of a table of {len(cycles)}; "
-            f"every cycle must come exactly once (no padding sampler, no drop_last)"
+            f"the model takes sound at {wanted} Hz, the data module gives it at {given} Hz; "
+            f"build the data module with sample_rate={wanted}"
         )
-    order = came.get_indexer(cycles.index)
-    logits = logits[torch.from_numpy(order)]
-    broken = ~logits.isfinite().all(1).numpy()
-    if broken.any():
-        first = cycles.iloc[int(np.flatnonzero(broken)[0])]
-        raise ValueError(
-            f"the model gave logits that are not finite for {broken.sum()} of {len(cycles)} cycles (first: recording "
-            f"{first['recording']!r}, cycle {first['cycle']}); has training diverged?"
+    other = [
+        f"{name} {differing[name][1]!r} instead of {differing[name][0]!r}" for name in _READING if name in differing
+    ]
+    if other:
+        warnings.warn(
+            f"the data module reads sound otherwise than the model: {', '.join(other)}; "
+            f"build it with the model's settings, unless that is what you want to measure",
+            UserWarning,
+            stacklevel=3,
         )
-    names = np.array(classes, dtype=object)
-    labels, predicted = cycles["label"].to_numpy("int64"), logits.argmax(1).numpy()
-    table = cycles[["recording", "cycle", "start", "end"]].rename_axis("index")
-    table = table.assign(**{"class": names[labels], "label": labels, "prediction": predicted})
-    table["predicted_class"] = names[predicted]
-    probabilities = logits.double().softmax(1).numpy()
-    table[[f"p_{name}" for name in classes]] = probabilities
-    return table.join(cycles[[name for name in cycles.columns if name not in table.columns]])
+
+
+def _check_scoring(trained: str | None, scoring: str) -> None:
+    if trained not in (None, scoring):
+        warnings.warn(
+            f"the model was trained on data scored by {trained!r}; this data set is scored by {scoring!r}, "
+            f"and scores of two rules do not compare",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _stamped(protocol: Mapping[str, Any], predictions: pd.DataFrame) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Bring together the stamps that follow from the protocol and those that the table already carries."""
+    protocol = dict(protocol)
+    carried = ";".join(predictions["stamps"].dropna().unique()) if "stamps" in predictions else ""
+    more = set(carried.split(";")) - {"", *_protocol.stamps(protocol)}
+    if more:
+        protocol["stamps"] = sorted({*protocol.get("stamps", ()), *more})
+    return protocol, predictions.assign(stamps=";".join(_protocol.stamps(protocol)))
 
 
 def _disjoint(
     predictions: pd.DataFrame, classes: tuple[str, ...], scoring: str, protocol: Mapping[str, Any]
 ) -> dict[str, float] | None:
-    if protocol.get("split") != "test":  # the record names patients who are in train or validation, and in test
+    # The record names patients who are in train or validation, and in test.
+    if protocol.get("split") != "test" or not _protocol.saw_dataset(protocol):
         return None
     shared = [str(patient) for patient in protocol.get("shared_patients", [])]
     rest = predictions[~predictions["patient"].astype(str).isin(shared)]
@@ -277,24 +272,6 @@ def _disjoint(
         "cycles": len(rest),
         "patients": rest["patient"].nunique(),
     }
-
-
-def _protocol(model: nn.Module, datamodule: Any, split: str) -> dict[str, Any]:
-    protocol = dict(datamodule.protocol) | {"split": split, "weights_sha256": _digest(model)}
-    if protocol.get("seed") is None:
-        protocol["seed"] = getattr(datamodule, "seed", None)
-    training = getattr(model, "protocol", None)
-    return protocol | ({"training": dict(training)} if training else {})
-
-
-def _digest(model: nn.Module) -> str:
-    """Return SHA-256 over names and bytes of all weights: which checkpoint a result belongs to."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        if isinstance(tensor, Tensor):
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

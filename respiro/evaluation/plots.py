@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from respiro.evaluation.report import percent, stamps
+from respiro.evaluation._protocol import stamps
+from respiro.evaluation.report import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from respiro.evaluation._protocol import seeds, selection, stamps
+
 if TYPE_CHECKING:
     from respiro.evaluation.evaluate import Evaluation
 
-__all__ = ["percent", "save", "stamps", "text"]
+__all__ = ["percent", "save", "text"]
 
 _NAMES = {
     "specificity": "specificity (Sp)",
@@ -34,31 +36,6 @@ _NAMES = {
 def percent(value: float) -> str:
     """Return a share as percent with two decimals, ``-`` where undefined."""
     return "-" if math.isnan(value) else f"{100 * value:.2f}"
-
-
-def stamps(protocol: Mapping[str, Any]) -> dict[str, str]:
-    """Return what makes a result incomparable, by its stamp: from the record of the data or of the training."""
-    training = protocol.get("training", {})
-    found = {}
-    if "test" in (protocol.get("select_on"), training.get("select_on")):
-        found["TEST-SELECTED"] = "the epoch was chosen on the test set; for comparison with the literature only"
-    if protocol.get("leaky") or training.get("leaky"):
-        found["LEAKY"] = "recordings of one patient are on both sides by design"
-    if protocol.get("partial") or training.get("partial"):
-        found["PARTIAL"] = "the data set is incomplete"
-    compared = [(training.get(name), protocol.get(name)) for name in _sides(protocol, training)]
-    if any(trained != tested for trained, tested in compared if None not in (trained, tested)):
-        found["OTHER SPLIT"] = (
-            "the model was trained under another split of this data set; it may have seen the patients"
-        )
-    return found
-
-
-def _sides(protocol: Mapping[str, Any], training: Mapping[str, Any]) -> Sequence[str]:
-    """Return the entries that decide who trained; validation patients depend on more of them than test patients."""
-    if training.get("dataset") != protocol.get("dataset"):
-        return ()
-    return ("protocol",) if protocol.get("split") == "test" else ("protocol", "val_fraction", "seed", "select_on")
 
 
 def text(evaluation: Evaluation) -> str:
@@ -152,8 +129,7 @@ def _header(evaluation: Evaluation) -> list[str]:
     title = [protocol.get("dataset", "data set not named"), f"protocol {protocol.get('protocol', 'not named')}"]
     title += [f"labels {protocol['labels']}"] if "labels" in protocol else []
     title += [f"{protocol.get('split', 'unnamed')} split"]
-    rule = protocol.get("training", protocol).get("select_on", "not recorded")
-    lines = [", ".join(map(str, title)), f"selection on {rule}, seed {protocol.get('seed')}"]
+    lines = [", ".join(map(str, title)), f"{selection(protocol)}, {seeds(protocol)}"]
     lines += [f"*** {stamp} *** {meaning}" for stamp, meaning in stamps(protocol).items()]
     lines += [f"note: {note}" for note in protocol.get("notes", [])]
     lines.append(f"{len(predictions)} cycles, {predictions['patient'].nunique()} patients; intervals over patients")

@@ -17,7 +17,14 @@ import pandas as pd
 
 from respiro.errors import LabelError
 
-__all__ = ["Interval", "PairedComparison", "bootstrap_by_patient", "compare_paired", "icbhi_score"]
+__all__ = [
+    "Interval",
+    "PairedComparison",
+    "bootstrap_by_patient",
+    "compare_paired",
+    "icbhi_score",
+    "patient_or_recording",
+]
 
 Counts = npt.NDArray[np.int64]
 Values = Mapping[str, float]
@@ -101,6 +108,8 @@ def bootstrap_by_patient(
 ) -> Interval | dict[str, Interval]:
     """Return a percentile interval for any value of the confusion matrix, resampling patients with replacement.
 
+    The percentile interval is that of Efron and Tibshirani (An Introduction to the Bootstrap, 1993), with patients as
+    the units that are drawn.
     Rates are pooled anew in each draw. Draws in which the value is undefined (no abnormal cycle, say) are left out.
     A single patient says nothing about others: the bounds are then NaN.
 
@@ -108,7 +117,8 @@ def bootstrap_by_patient(
         labels: True labels.
         predictions: Predicted labels.
         patients: Patient of each cycle. Cycles whose patient is missing (``None``, NaN, or a negative code) each
-            count as a patient of their own.
+            count as a patient of their own; where the recording is known, give that instead, as cycles of one
+            recording are alike: ``table["patient"].fillna(table["recording"])``.
         statistic: From counts ``(C, C)`` by true and predicted class to a number, or to several by name.
         num_classes: C; by default the largest label or prediction + 1.
         num_draws: Number of resamplings.
@@ -152,12 +162,14 @@ def compare_paired(
 ) -> PairedComparison:
     """Compare two models on the same cycles: paired bootstrap over patients, and a paired t test over seeds.
 
+    The interval is that of :func:`bootstrap_by_patient` (Efron and Tibshirani, 1993), the test Student's.
     Every draw takes the same patients for both models and all seeds. The t test asks whether another seed would give
     the same sign, the interval whether other patients would.
 
     Args:
         a: Predictions of the first model (``Evaluation.predictions``, or ``predictions.csv`` read back), or one table
-            for each seed. Columns ``recording``, ``cycle``, ``label``, ``prediction``, ``patient``.
+            for each seed. Columns ``recording``, ``cycle``, ``label``, ``prediction``, ``patient`` (where it is
+            missing, the recording stands for it).
         b: Predictions of the second model; as many tables, the same seeds in the same order.
         statistic: From counts ``(C, C)`` by true and predicted class to a number; the ICBHI Score by default.
         num_draws: Number of resamplings.
@@ -175,7 +187,7 @@ def compare_paired(
         raise ValueError(f"a and b must have the same seeds, at least one; got {len(first)} and {len(second)} tables")
     tables = _aligned(first + second)
     size = 1 + max(int(table[["label", "prediction"]].to_numpy().max()) for table in tables)
-    patients = tables[0]["patient"]
+    patients = patient_or_recording(first[0])
     counts = [_confusion_by_patient(table["label"], table["prediction"], patients, size) for table in tables]
 
     def by_seed(confmats: Sequence[Counts]) -> list[float]:
@@ -190,6 +202,12 @@ def compare_paired(
     t = _paired_t(differences)
     p_value = _two_sided_p(t, len(differences) - 1)
     return PairedComparison(float(np.mean(differences)), low, high, tuple(differences), t, p_value)
+
+
+def patient_or_recording(predictions: pd.DataFrame) -> pd.Series[Any]:
+    """Return the patient of each cycle; where it is missing, the recording, if the table has that column."""
+    patient = predictions["patient"].astype(object)
+    return patient.fillna(predictions["recording"]) if "recording" in predictions else patient
 
 
 def _check(num_draws: int, level: float) -> None:

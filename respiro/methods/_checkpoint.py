@@ -11,7 +11,7 @@ import torch
 
 from respiro.errors import CheckpointError
 
-#: Key of our record in a Lightning checkpoint: version, class path and protocol.
+#: Key of our record in a Lightning checkpoint: version, class path, data and the records of every training.
 RECORD = "respiro"
 
 
@@ -50,5 +50,11 @@ def restore(path: str | Path, **parts: Any) -> Any:
             f"{path} was written by {class_path!r}, which is not part of respiro; "
             f"restore it with that class: {class_name}.load_from_checkpoint(path)"
         )
-    method = getattr(importlib.import_module(module_name), class_name)
+    try:
+        method = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError):
+        raise CheckpointError(
+            f"{path} was written by {class_path!r}, which this version of respiro does not have; "
+            f"install the version that wrote it"
+        ) from None
     return method.load_from_checkpoint(path, map_location="cpu", weights_only=True, **parts)

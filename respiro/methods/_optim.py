@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import LambdaLR
+
+from respiro.errors import check_choice
 
 if TYPE_CHECKING:
     from respiro.methods.classifier import SoundClassifier
@@ -24,12 +26,14 @@ def configure(model: SoundClassifier) -> OptimizerLRScheduler:
     extra = {"momentum": 0.9, "nesterov": True} if model.optimizer == "sgd" else {}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = makers[model.optimizer](parameters, lr=model.lr, weight_decay=model.weight_decay, **extra)
-    steps = int(model.trainer.estimated_stepping_batches)
+    steps = model.trainer.estimated_stepping_batches
+    if steps == float("inf") and (model.schedule != "constant" or model.warmup):
+        raise ValueError("the schedule needs to know where training ends; give Trainer max_epochs or max_steps")
     scheduler = LambdaLR(optimizer, lambda step: factor(step, steps, model.schedule, model.warmup))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def factor(step: int, steps: int, schedule: Schedule, warmup: float) -> float:
+def factor(step: int, steps: float, schedule: Schedule, warmup: float) -> float:
     """Return the share of the peak learning rate at *step* of *steps*.
 
     Example:
@@ -38,7 +42,7 @@ def factor(step: int, steps: int, schedule: Schedule, warmup: float) -> float:
         >>> [factor(step, 4, "constant", 0.5) for step in range(4)]
         [0.5, 1.0, 1.0, 1.0]
     """
-    rising = math.ceil(steps * warmup)
+    rising = math.ceil(steps * warmup) if warmup else 0
     if step < rising:
         return (step + 1) / rising
     if schedule == "constant":
@@ -49,13 +53,11 @@ def factor(step: int, steps: int, schedule: Schedule, warmup: float) -> float:
 
 def check(optimizer: str, lr: float, weight_decay: float, schedule: str, warmup: float) -> None:
     """Raise a ``ValueError`` for settings without a meaning."""
-    if optimizer not in ("adam", "adamw", "sgd"):
-        raise ValueError(f"optimizer must be 'adam', 'adamw' or 'sgd', got {optimizer!r}")
-    if schedule not in ("cosine", "constant"):
-        raise ValueError(f"schedule must be 'cosine' or 'constant', got {schedule!r}")
+    check_choice("optimizer", optimizer, get_args(Optimizer))
+    check_choice("schedule", schedule, get_args(Schedule))
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr!r}")
-    if weight_decay < 0:
+    if not weight_decay >= 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay!r}")
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup must be in [0, 1), got {warmup!r}")

@@ -24,6 +24,7 @@ AUDIO: dict[str, Any] = {
     "pad": "repeat",
     "fade": "recording",
     "resample": "recording",
+    "rounding": "truncate",
 }
 BATCH = 32
 
@@ -52,7 +53,7 @@ def predict_file(
     header = audio.read_header(path)
     seconds = header.frames / header.sample_rate
     how = model.audio
-    times = _windows(seconds, how["duration"]) if cycles is None else _checked(cycles, seconds, path)
+    times = _windows(seconds, how["duration"]) if cycles is None else _within(cycles, seconds, path)
     waveforms = read_cycles(path, times, **how)
     probabilities = [model._probabilities(part) for part in torch.split(waveforms, BATCH)]
     span = pd.DataFrame(times, columns=["start", "end"])
@@ -68,6 +69,7 @@ def read_cycles(
     pad: audio.Pad,
     fade: str,
     resample: str,
+    rounding: audio.Rounding,
 ) -> Tensor:
     """Return the cycles of one file, read as the data sets read them: ``(N, S)``."""
     samples, rate = audio.read(path)
@@ -76,22 +78,26 @@ def read_cycles(
     length = sample_rate // 16
     if fade == "recording":
         samples = audio.fade(samples, length)
+    size = round(duration * sample_rate)
     fitted = []
-    for start, end in times:
-        cycle = audio.resample(samples[int(start * rate) : int(end * rate)], rate, sample_rate)
+    for (start, end), (first, last) in zip(times, audio.positions(np.array(times), rate, rounding), strict=True):
+        cycle = audio.resample(samples[first:last], rate, sample_rate)
+        if not len(cycle):
+            raise ValueError(f"the cycle from {start:g} s to {end:g} s holds no samples of {path}")
         if fade == "cycle":
             cycle = audio.fade(cycle, length)
-        size = round(duration * sample_rate)
         fitted.append(audio.fit_length(cycle, size, pad, 0 if fade == "none" else length))
     return torch.from_numpy(np.stack(fitted))
 
 
 def _windows(seconds: float, duration: float) -> list[tuple[float, float]]:
-    starts = np.arange(0.0, seconds, duration)
-    return [(float(start), float(min(start + duration, seconds))) for start in starts]
+    """Cut the file into windows of one length; the last ends with the file, so that none is a sliver."""
+    last = max(0.0, seconds - duration)
+    starts = [*np.arange(0.0, last, duration).tolist(), last]
+    return [(start, min(start + duration, seconds)) for start in starts]
 
 
-def _checked(cycles: Sequence[tuple[float, float]], seconds: float, path: str | Path) -> list[tuple[float, float]]:
+def _within(cycles: Sequence[tuple[float, float]], seconds: float, path: str | Path) -> list[tuple[float, float]]:
     if not len(cycles):
         raise ValueError("cycles is empty; leave it out to classify the file window by window")
     for number, (start, end) in enumerate(cycles):

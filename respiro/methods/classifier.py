@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,9 @@ from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import Self
 
 from respiro import __version__
-from respiro.component import Backbone, Component, Loss, Transform, build, class_path, describe
+from respiro.component import Backbone, Component, Loss, Transform, build, class_path, describe, eval_mode
 from respiro.errors import LabelError
-from respiro.losses import CrossEntropy
+from respiro.losses import CrossEntropy, cross_entropy
 from respiro.methods import _optim
 from respiro.methods._checkpoint import RECORD, read_checkpoint
 from respiro.methods._optim import Optimizer, Schedule
@@ -51,7 +52,9 @@ class SoundClassifier(LightningModule):
 
     Raises:
         ValueError: If an argument has no meaning.
-        CheckpointError: When restoring, if a part was not written by respiro and was not passed.
+        LabelError: If two classes have one name, or the head another number of classes.
+        CheckpointError: If an argument of a part is no plain data; when restoring, if a part was not written by
+            respiro and was not passed.
 
     Example:
         >>> from respiro.models import CNN6
@@ -77,24 +80,28 @@ class SoundClassifier(LightningModule):
     ) -> None:
         super().__init__()
         _optim.check(optimizer, lr, weight_decay, schedule, warmup)
-        self.classes = tuple(classes)
+        self.classes = _checked(classes)
         self.backbone = build(backbone, Backbone, "backbone")
-        self.features = build(features or LogMelSpectrogram(), Transform, "features")
+        self.features = build(LogMelSpectrogram() if features is None else features, Transform, "features")
         self.augment = nn.Identity() if augment is None else build(augment, Transform, "augment")
-        self.head = build(head or LinearHead(self.backbone.num_features, len(self.classes)), Component, "head")
-        self.loss = build(loss or CrossEntropy(weight="balanced"), Loss, "loss")
+        self.head = build(self._default_head() if head is None else head, Component, "head")
+        outputs = getattr(self.head, "init_args", {}).get("num_classes", len(self.classes))
+        if outputs != len(self.classes):
+            raise LabelError(f"the head gives {outputs} logits for {len(self.classes)} classes; build it for as many")
+        self.loss = build(CrossEntropy(weight="balanced") if loss is None else loss, Loss, "loss")
+        self.scoring = scoring
         self.optimizer = optimizer
-        self.lr = lr
-        self.weight_decay = weight_decay
+        self.lr = float(lr)  # numpy's would end up in the optimiser's state and keep the checkpoint from loading
+        self.weight_decay = float(weight_decay)
         self.schedule = schedule
-        self.warmup = warmup
+        self.warmup = float(warmup)
         metrics = metrics_for(scoring, self.classes)
         self.val_metrics: MetricCollection = metrics.clone(prefix="val_")
         self.test_metrics: MetricCollection = metrics.clone(prefix="test_")
         # A metric, because Lightning's own mean over processes is off where they hold different numbers of cycles.
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        #: Protocol record of the data the model was trained on; empty before training.
-        self.protocol: dict[str, Any] = {}
+        #: Protocol record of each training, the oldest first: a stamp once earned stays.
+        self.history: list[dict[str, Any]] = []
         self.save_hyperparameters(
             {
                 "backbone": describe(self.backbone),
@@ -105,12 +112,23 @@ class SoundClassifier(LightningModule):
                 "loss": describe(self.loss),
                 "scoring": scoring,
                 "optimizer": optimizer,
-                "lr": lr,
-                "weight_decay": weight_decay,
+                "lr": self.lr,
+                "weight_decay": self.weight_decay,
                 "schedule": schedule,
-                "warmup": warmup,
+                "warmup": self.warmup,
             }
         )
+
+    def _default_head(self) -> LinearHead:
+        if not hasattr(self.backbone, "num_features"):
+            name = type(self.backbone).__name__
+            raise TypeError(f"{name} has no num_features to build a head for; give it that attribute, or pass head=...")
+        return LinearHead(self.backbone.num_features, len(self.classes))
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Protocol record of the latest training; empty before training."""
+        return self.history[-1] if self.history else {}
 
     def forward(self, waveform: Tensor) -> Tensor:
         """Return logits ``(B, C)`` of waveforms ``(B, S)``."""
@@ -118,18 +136,30 @@ class SoundClassifier(LightningModule):
         return logits
 
     def setup(self, stage: str) -> None:
-        """Check that the labels fit, and learn the protocol and the class counts from the datamodule."""
+        """Check that the data fit, and learn the protocol and the class counts from the datamodule."""
         data = getattr(self.trainer, "datamodule", None)
-        classes = getattr(data, "classes", self.classes)
-        if tuple(classes) != self.classes:
-            raise LabelError(
-                f"the data set has classes {list(classes)}, the model {list(self.classes)}; "
-                f"build the model with {type(self).__name__}(..., classes=datamodule.classes)"
-            )
+        self._check_data(data)
         if stage == "fit" and data is not None:
-            self.protocol = dict(getattr(data, "protocol", {}))
+            seed = os.environ.get("PL_GLOBAL_SEED")
+            record = {**getattr(data, "protocol", {}), "training_seed": None if seed is None else int(seed)}
+            self.history += [record] if record not in self.history[-1:] else []
             if isinstance(self.loss, Loss) and hasattr(data, "class_counts"):
                 self.loss.use_class_counts(data.class_counts)
+
+    def _check_data(self, data: Any) -> None:
+        classes, scoring = getattr(data, "classes", self.classes), getattr(data, "scoring", self.scoring)
+        if (tuple(classes), scoring) != (self.classes, self.scoring):
+            raise LabelError(
+                f"the data set has classes {list(classes)} and scoring {scoring!r}, the model {list(self.classes)} and "
+                f"{self.scoring!r}; build the model with {type(self).__name__}(..., classes=datamodule.classes, "
+                f"scoring=datamodule.scoring)"
+            )
+        own = getattr(self.features, "sample_rate", None)
+        rate = getattr(data, "protocol", {}).get("audio", {}).get("sample_rate", own)
+        if own is not None and rate != own:
+            raise ValueError(
+                f"the data set has {rate} Hz, the features expect {own} Hz; give both the same sample_rate"
+            )
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
@@ -139,18 +169,19 @@ class SoundClassifier(LightningModule):
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Log ``val_loss``, ``val_score`` and its rates."""
+        """Log ``val_loss`` (cross-entropy without class weights), ``val_score`` and its rates."""
         self._evaluation_step(batch, "val", self.val_metrics, self.val_loss)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Log ``test_loss``, ``test_score`` and its rates."""
+        """Log ``test_loss`` (cross-entropy without class weights), ``test_score`` and its rates."""
         self._evaluation_step(batch, "test", self.test_metrics, self.test_loss)
 
     def _evaluation_step(
         self, batch: Mapping[str, Tensor], stage: str, metrics: MetricCollection, mean_loss: MeanMetric
     ) -> None:
         logits = self(batch["waveform"])
-        mean_loss.update(self.loss(logits, batch["label"]), weight=len(logits))
+        # Without class weights, whose mean over batches depends on how the cycles fall into batches.
+        mean_loss.update(cross_entropy(logits, batch["label"]), weight=len(logits))
         metrics.update(logits, batch["label"])
         self.log(f"{stage}_loss", mean_loss, batch_size=len(logits), on_step=False, on_epoch=True)
         self.log_dict(metrics, batch_size=len(logits), on_step=False, on_epoch=True, prog_bar=stage == "val")
@@ -171,7 +202,7 @@ class SoundClassifier(LightningModule):
             x: Waveforms ``(B, S)`` or ``(S,)`` at the model's sampling rate, a batch with the key ``waveform``, a
                 :class:`respiro.datasets.RespiratoryDataset`, or the path of a sound file of any length.
             cycles: Start and end of each cycle in the file, seconds; without it the file is cut into windows of the
-                training duration, one after the other.
+                training duration; the last one ends with the file and may overlap the one before.
 
         Returns:
             One row a cycle: ``prediction`` (class name), ``p_<class>`` for each class; for a data set also its
@@ -181,9 +212,7 @@ class SoundClassifier(LightningModule):
             AudioError: If the file cannot be read.
             ValueError: If a cycle does not lie within the file, or *x* is none of the above.
         """
-        was_training = self.training
-        self.eval()
-        try:
+        with eval_mode(self):
             if isinstance(x, str | Path):
                 return predict_file(self, x, cycles)
             if isinstance(x, Mapping):
@@ -192,8 +221,6 @@ class SoundClassifier(LightningModule):
                 return table(self._probabilities(x if x.ndim == 2 else x[None]), self.classes)
             if hasattr(x, "cycles") and hasattr(x, "__getitem__"):
                 return predict_dataset(self, x)
-        finally:
-            self.train(was_training)
         raise ValueError(
             f"predict takes waveforms, a batch, a data set or the path of a sound file, got {type(x).__name__}"
         )
@@ -214,13 +241,14 @@ class SoundClassifier(LightningModule):
         checkpoint[RECORD] = {
             "version": __version__,
             "class_path": class_path(type(self)),
-            "protocol": self.protocol,
+            "history": self.history,
             "data": data and {"class_path": class_path(type(data)), "init_args": dict(data.hparams)},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the protocol record."""
-        self.protocol = dict(checkpoint.get(RECORD, {}).get("protocol", {}))
+        """Restore the records of earlier trainings; where one is resumed, its own stands last."""
+        earlier = checkpoint.get(RECORD, {}).get("history", [])
+        self.history = [*earlier, *(record for record in self.history if record not in earlier)]
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
@@ -231,3 +259,10 @@ class SoundClassifier(LightningModule):
         """
         read_checkpoint(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+
+def _checked(classes: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(str(name) for name in classes)
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise LabelError(f"classes must be at least two different names, got {list(names)}")
+    return names

@@ -1,4 +1,4 @@
-"""Sensitivity, specificity and score of the ICBHI 2017 challenge, by its own definition."""
+"""Sensitivity, specificity and score of the ICBHI 2017 challenge, by its own definition (Rocha et al., 2019)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _ICBHIMetric(ConfusionMetric):
 class ICBHISensitivity(_ICBHIMetric):
     """Share of abnormal cycles given their exact class, pooled over the abnormal classes (not macro).
 
-    A crackle called wheeze is a miss. NaN without abnormal cycles.
+    A crackle called wheeze is a miss. NaN without abnormal cycles. Source: Rocha et al., Physiol. Meas. 40, 2019.
 
     Args:
         num_classes: Number of classes, normal first.
@@ -33,6 +33,10 @@ class ICBHISensitivity(_ICBHIMetric):
 
     Shape:
         preds ``(B, C)`` scores or ``(B,)`` labels, target ``(B,)``; targets of -1 are ignored. Returns a scalar.
+
+    Raises:
+        ValueError: If there are fewer than two classes; on update, if shapes or dtypes do not fit or a score is NaN.
+        LabelError: On update, if a label or a predicted label is none of the classes.
 
     Example:
         >>> import torch
@@ -49,12 +53,18 @@ class ICBHISensitivity(_ICBHIMetric):
 class ICBHISpecificity(_ICBHIMetric):
     """Share of normal cycles called normal (not the one-vs-rest mean); NaN without normal cycles.
 
+    Source: Rocha et al., Physiol. Meas. 40, 2019.
+
     Args:
         num_classes: Number of classes, normal first.
         two_class: As in :class:`ICBHISensitivity`; the specificity is the same either way.
 
     Shape:
         preds ``(B, C)`` scores or ``(B,)`` labels, target ``(B,)``; targets of -1 are ignored. Returns a scalar.
+
+    Raises:
+        ValueError: If there are fewer than two classes; on update, if shapes or dtypes do not fit or a score is NaN.
+        LabelError: On update, if a label or a predicted label is none of the classes.
 
     Example:
         >>> import torch
@@ -70,7 +80,7 @@ class ICBHISpecificity(_ICBHIMetric):
 class ICBHIScore(_ICBHIMetric):
     """Mean of sensitivity and specificity: the ICBHI Score. Calling everything normal gives 0.5.
 
-    NaN where either rate is.
+    NaN where either rate is. Source: Rocha et al., Physiol. Meas. 40, 2019.
 
     Args:
         num_classes: Number of classes, normal first.
@@ -78,6 +88,10 @@ class ICBHIScore(_ICBHIMetric):
 
     Shape:
         preds ``(B, C)`` scores or ``(B,)`` labels, target ``(B,)``; targets of -1 are ignored. Returns a scalar.
+
+    Raises:
+        ValueError: If there are fewer than two classes; on update, if shapes or dtypes do not fit or a score is NaN.
+        LabelError: On update, if a label or a predicted label is none of the classes.
 
     Example:
         >>> import torch
@@ -91,11 +105,18 @@ class ICBHIScore(_ICBHIMetric):
 
 
 def icbhi_metrics(num_classes: int = 4, two_class: bool = False) -> MetricCollection:
-    """Return score, sensitivity and specificity over one shared confusion matrix.
+    """Return score, sensitivity and specificity (Rocha et al., 2019) over one shared confusion matrix.
 
     Args:
         num_classes: Number of classes, normal first.
         two_class: As in :class:`ICBHISensitivity`.
+
+    Shape:
+        preds ``(B, C)`` scores or ``(B,)`` labels, target ``(B,)``; each value is a scalar.
+
+    Raises:
+        ValueError: If there are fewer than two classes; on update, if shapes or dtypes do not fit or a score is NaN.
+        LabelError: On update, if a label or a predicted label is none of the classes.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Scores of the SPRSound challenges (BioCAS 2022 and 2023)."""
+"""Scores of the SPRSound challenges (Zhang et al., BioCAS 2022 grand challenge; the same in 2023)."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ class SPRSoundAverageScore(_SPRSoundMetric):
     """Arithmetic mean (AS) of sensitivity and specificity; NaN where either rate is.
 
     Sensitivity is the share of adventitious samples given their exact class, pooled; specificity the share of normal
-    samples called normal. Poor Quality (record tasks 2-x) enters neither.
+    samples called normal. Poor Quality (record tasks 2-x) enters neither. Source: Zhang et al., BioCAS 2022 grand
+    challenge.
 
     Args:
         task: ``"1-1"``, ``"1-2"`` (events), ``"2-1"``, ``"2-2"`` (records), or the class names in order of their ids.
@@ -94,7 +95,9 @@ class SPRSoundAverageScore(_SPRSoundMetric):
         preds ``(B, C)`` scores or ``(B,)`` labels, target ``(B,)``; targets of -1 are ignored. Returns a scalar.
 
     Raises:
-        ValueError: If no task has this name.
+        ValueError: If no task has this name; on update, if shapes or dtypes do not fit or a score is NaN.
+        LabelError: If poor quality is among the class names, but not as the second; on update, if a label or a
+            predicted label is none of the classes.
     """
 
     _name = "average_score"
@@ -103,6 +106,8 @@ class SPRSoundAverageScore(_SPRSoundMetric):
 class SPRSoundHarmonicScore(_SPRSoundMetric):
     """Harmonic mean (HS) of sensitivity and specificity, 0 if both are 0; NaN where either rate is.
 
+    Source: Zhang et al., BioCAS 2022 grand challenge.
+
     Args:
         task: As in :class:`SPRSoundAverageScore`.
 
@@ -110,7 +115,9 @@ class SPRSoundHarmonicScore(_SPRSoundMetric):
         preds ``(B, C)`` scores or ``(B,)`` labels, target ``(B,)``; targets of -1 are ignored. Returns a scalar.
 
     Raises:
-        ValueError: If no task has this name.
+        ValueError: If no task has this name; on update, if shapes or dtypes do not fit or a score is NaN.
+        LabelError: If poor quality is among the class names, but not as the second; on update, if a label or a
+            predicted label is none of the classes.
     """
 
     _name = "harmonic_score"
@@ -119,6 +126,8 @@ class SPRSoundHarmonicScore(_SPRSoundMetric):
 class SPRSoundScore(_SPRSoundMetric):
     """Official Score of the challenge: the mean of AS and HS. Calling everything normal gives 0.25.
 
+    Source: Zhang et al., BioCAS 2022 grand challenge.
+
     Args:
         task: As in :class:`SPRSoundAverageScore`.
 
@@ -126,7 +135,9 @@ class SPRSoundScore(_SPRSoundMetric):
         preds ``(B, C)`` scores or ``(B,)`` labels, target ``(B,)``; targets of -1 are ignored. Returns a scalar.
 
     Raises:
-        ValueError: If no task has this name.
+        ValueError: If no task has this name; on update, if shapes or dtypes do not fit or a score is NaN.
+        LabelError: If poor quality is among the class names, but not as the second; on update, if a label or a
+            predicted label is none of the classes.
 
     Example:
         >>> import torch
@@ -138,10 +149,18 @@ class SPRSoundScore(_SPRSoundMetric):
 
 
 def sprsound_metrics(task: str | Sequence[str] = "1-1") -> MetricCollection:
-    """Return score, AS, HS, sensitivity and specificity over one shared confusion matrix.
+    """Return score, AS, HS, sensitivity and specificity (Zhang et al., 2022) over one shared confusion matrix.
 
     Args:
         task: As in :class:`SPRSoundAverageScore`.
+
+    Shape:
+        preds ``(B, C)`` scores or ``(B,)`` labels, target ``(B,)``; each value is a scalar.
+
+    Raises:
+        ValueError: If no task has this name; on update, if shapes or dtypes do not fit or a score is NaN.
+        LabelError: If poor quality is among the class names, but not as the second; on update, if a label or a
+            predicted label is none of the classes.
 
     Example:
         >>> sorted(sprsound_metrics("2-1"))

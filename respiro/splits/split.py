@@ -22,7 +22,7 @@ __all__ = ["Split", "audit_leakage", "patient_folds", "split_cycles"]
 
 _NUM_FOLDS = 5
 _FOLDS = {f"patient-fold-{fold}": fold for fold in range(_NUM_FOLDS)}
-_PROTOCOLS = ("official", "official-clean", *_FOLDS, "random-recording")
+PROTOCOLS = ("official", "official-clean", *_FOLDS, "random-recording")
 #: Share of the recordings that trains under "random-recording", as in the released code that draws them so.
 _RANDOM_TRAIN_SHARE = 0.6
 _Sides = tuple[pd.DataFrame, pd.DataFrame, list[str]]  # train, test, notes
@@ -166,8 +166,8 @@ def patient_folds(cycles: pd.DataFrame, num_folds: int = 5, seed: int = 0) -> pd
 
 
 def _check_arguments(cycles: pd.DataFrame, protocol: str, val_fraction: float, folds: Mapping[str, int] | None) -> None:
-    if protocol not in _PROTOCOLS:
-        raise ValueError(f"protocol must be one of {_quoted(_PROTOCOLS)}, got {protocol!r}")
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {_quoted(PROTOCOLS)}, got {protocol!r}")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction!r}")
     if folds is not None and protocol not in _FOLDS:

@@ -28,11 +28,7 @@ ROUNDS = 3
 
 
 @pytest.mark.benchmark
-def test_store_speed(
-    shared: Callable[[str], Path], tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if "benchmark" not in request.config.getoption("markexpr"):
-        pytest.skip("takes minutes; run with -m benchmark -s")
+def test_store_speed(shared: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     segments = read_segments(shared("data/icbhi_4k") / "ICBHI_final_database")
     segments.to_pickle(tmp_path / "segments.pickle")
     tenth = segments["path"].isin(segments["path"].unique()[::10])

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from respiro.datamodules import ICBHIDataModule, SPRSoundDataModule
 from respiro.datamodules.base import RespiratoryDataModule
 from respiro.datasets import ICBHI
+from respiro.datasets.icbhi import respirenet_folds
+from respiro.errors import DatasetNotFoundError
 
 
 def ready(data: RespiratoryDataModule, stage: str = "fit") -> Any:
@@ -60,6 +64,41 @@ def test_the_protocol_record_is_plain_and_complete(icbhi_root: Path, protocol: s
         assert patients(data.train_set).isdisjoint(patients(data.val_set))
 
 
+def test_folds_are_the_published_ones_and_the_record_says_so(icbhi_root: Path) -> None:
+    data = ready(ICBHIDataModule(icbhi_root, protocol="patient-fold-1"), "test")
+    assert {respirenet_folds()[patient] for patient in patients(data.test_set)} == {1}
+    assert data.protocol["folds"] == "published"
+
+
+def test_the_record_names_the_release_and_the_data(sprsound_root: Path) -> None:
+    data = ready(SPRSoundDataModule(sprsound_root, partial=True))
+    assert data.protocol["year"] == 2022
+    assert data.protocol["commit"] is None
+    assert data.protocol["recordings_without_events"] > 0
+    assert len(data.protocol["data_digest"]) == 64
+
+
+def test_settings_are_plain_and_mean_the_same_elsewhere(icbhi_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(icbhi_root.parent)
+    data = ICBHIDataModule(icbhi_root.name, seed=np.int64(1), cache_dir=Path("cache"))  # type: ignore[arg-type]
+    monkeypatch.chdir("/")
+    assert data.hparams["root"] == str(icbhi_root)
+    assert data.hparams["cache_dir"] == str(icbhi_root.parent / "cache")
+    assert type(data.hparams["seed"]) is int
+    data.setup("fit")
+
+
+def test_a_copy_without_a_train_side_says_so(sprsound_root: Path, tmp_path: Path) -> None:
+    shutil.copytree(sprsound_root / "test_json" / "intra_test_json", tmp_path / "BioCAS2023" / "test2023_json")
+    shutil.copytree(sprsound_root / "test_wav", tmp_path / "BioCAS2023" / "test2023_wav")
+    for extra in (tmp_path / "BioCAS2023" / "test2023_wav").iterdir():
+        if not (tmp_path / "BioCAS2023" / "test2023_json" / f"{extra.stem}.json").exists():
+            extra.unlink()
+    data = SPRSoundDataModule(tmp_path, year=2023, partial=True)
+    with pytest.raises(DatasetNotFoundError, match="no train side"):
+        data.setup("test")
+
+
 def test_batches_have_the_documented_keys_and_types(icbhi_root: Path) -> None:
     data = ready(ICBHIDataModule(icbhi_root, batch_size=3, duration=2.0, sample_rate=8000))
     batch = next(iter(data.train_dataloader()))
@@ -99,13 +138,33 @@ def test_sprsound_sides(sprsound_root: Path, side: Any, task: Any) -> None:
 @pytest.mark.parametrize("build", [ICBHIDataModule, SPRSoundDataModule])
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("batch_size", 0), ("val_fraction", 1.0), ("val_fraction", -0.1), ("select_on", "train"), ("num_workers", -1)],
+    [
+        *[
+            ("batch_size", 0),
+            ("val_fraction", 1.0),
+            ("val_fraction", -0.1),
+            ("select_on", "train"),
+            ("num_workers", -1),
+        ],
+        *[("seed", -1), ("pad", "circular"), ("fade", "both"), ("duration", 0.0), ("sample_rate", 16000.5)],
+    ],
 )
 def test_wrong_values_are_named(build: Any, argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=argument):
         build("anywhere", **{argument: value})
 
 
-def test_a_wrong_test_side_is_named() -> None:
-    with pytest.raises(ValueError, match="test_side"):
-        SPRSoundDataModule("anywhere", test_side="outer")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("build", "argument", "value"),
+    [
+        (SPRSoundDataModule, "test_side", "outer"),
+        (SPRSoundDataModule, "task", "3-1"),
+        (SPRSoundDataModule, "year", 2021),
+        (SPRSoundDataModule, "rhonchi_stridor", "crackle"),
+        (ICBHIDataModule, "labels", "5-class"),
+        (ICBHIDataModule, "protocol", "offical"),
+    ],
+)
+def test_wrong_choices_are_named_before_any_file_is_read(build: Any, argument: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{argument} must be one of"):
+        build("anywhere", **{argument: value})

@@ -90,14 +90,17 @@ def test_subsets_keep_the_row_labels(tables: Any) -> None:
     torch.testing.assert_close(part[0]["waveform"], data[3]["waveform"])
     assert part.recordings["recording"].tolist() == ["a", "b"]
     assert len(data) == 5
-    with pytest.raises(LabelError, match="row 17"):
-        data.subset(np.array([17]))
+    assert part.subset(np.array([0])).cycles.index.tolist() == [0]
+    test = make(tables, splits=("test",))
+    for rows, source in (([17], data), ([2], data), ([0], test), ([1], part)):  # absent, left out, other side, other
+        with pytest.raises(LabelError, match=f"row {rows[0]} is not a cycle of this data set"):
+            source.subset(np.array(rows))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_every_worker_reads_the_same(tables: Any, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "fork"), (1, "spawn")])
+def test_every_worker_reads_the_same(tables: Any, workers: int, context: str | None) -> None:
     data = make(tables)
-    batch = next(iter(DataLoader(data, batch_size=5, num_workers=workers)))
+    batch = next(iter(DataLoader(data, batch_size=5, num_workers=workers, multiprocessing_context=context)))
     torch.testing.assert_close(batch["waveform"], torch.stack([data[row]["waveform"] for row in range(5)]))
 
 
@@ -116,6 +119,8 @@ def test_fades_are_where_they_belong(tables: Any, fade: Any) -> None:
     ("options", "message"),
     [
         ({"sample_rate": 0}, "sample_rate"),
+        ({"sample_rate": 8000.5}, "sample_rate must be a whole number"),
+        ({"duration": 1e-5}, "duration"),
         ({"duration": 0.0}, "duration"),
         ({"duration": float("inf")}, "duration"),
         ({"pad": "circular"}, "pad must be one of 'repeat', 'zero', 'reflect', got 'circular'"),
@@ -135,6 +140,20 @@ def test_files_that_were_converted_need_consent(tables: Any, column: str, value:
     with pytest.raises(AudioError, match=r"1 of 2 recordings.*b\.wav.*any_encoding=True"):
         make(tables)
     assert len(make(tables, any_encoding=True)) == 5
+
+
+def test_the_digest_tells_one_data_set_from_another(tables: Any) -> None:
+    recordings, cycles = tables
+    first = make(tables).digest
+    assert make(tables, splits=("train",), duration=1.0).digest == first
+    assert make((recordings, cycles.assign(label=0))).digest != first
+    assert make((recordings.assign(frames=1), cycles)).digest != first
+
+
+def test_samples_that_are_no_numbers_are_found(tables: Any, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "b.wav", np.full(3 * RATE, np.nan, dtype="float32"), RATE, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"b\.wav: sample 0 is NaN or infinite"):
+        make(tables).prepare()
 
 
 def test_counts_by_split_and_device(tables: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,10 @@ import ssl
 import stat
 import subprocess
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,7 +36,19 @@ class Site:
     asked: list[str | None] = field(default_factory=list)  # the Range headers that came
     location: str | None = None
     hang: threading.Event | None = None
+    meddle: list[Path] = field(
+        default_factory=list
+    )  # append to these files, once they are there, for the next requests
     url: str = ""
+
+
+def append_to(path: Path) -> None:
+    """Write to a file as soon as it is there, as a program does that knows nothing of the lock."""
+    deadline = time.monotonic() + 5
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    with path.open("ab") as file:
+        file.write(b"not of this file")
 
 
 def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
@@ -68,6 +82,8 @@ def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
             for name, value in site.headers.items():
                 self.send_header(name, value)
             self.end_headers()
+            if site.meddle:
+                append_to(site.meddle.pop())
             self.wfile.write(site.body[begin : begin + site.cuts.pop(0) if site.cuts else None])
 
         def log_message(self, format: str, *args: object) -> None:
@@ -94,7 +110,8 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """What lies in a folder; lock files may stay."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
 def leave_part(site: Site, path: Path) -> None:
@@ -195,6 +212,25 @@ def test_another_file_than_published_is_removed(
     assert names(tmp_path) == []
 
 
+def test_two_that_fetch_one_file_at_once_fetch_it_once(site: Site, tmp_path: Path) -> None:
+    start = threading.Barrier(4)
+
+    def one(_: int) -> bytes:
+        start.wait(5)
+        return fetch(f"{site.url}/a", tmp_path / "a.zip", progress=False).read_bytes()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(one, range(4))) == [BODY] * 4
+    assert site.asked == [None]
+    assert names(tmp_path) == ["a.zip"]
+
+
+def test_a_part_that_something_else_wrote_to_is_fetched_afresh(site: Site, tmp_path: Path) -> None:
+    site.meddle = [tmp_path / "a.zip.part"]
+    assert fetch(f"{site.url}/a", tmp_path / "a.zip", progress=False).read_bytes() == BODY
+    assert site.asked == [None, None]
+
+
 def test_a_missing_file_is_an_error_at_once(site: Site, tmp_path: Path) -> None:
     site.status = [404]
     with pytest.raises(DownloadError, match=r"answers 404 Not Found.*curl -L"):
@@ -279,6 +315,37 @@ def test_unpack_merges_into_the_folder(tmp_path: Path) -> None:
     assert names(folder / "sub") == ["a.txt", "empty", "mine"]
     assert (folder / "sub" / "a.txt").read_text() == "new"
     assert stat.S_IMODE((folder / "sub" / "empty").stat().st_mode) & 0o500 == 0o500
+
+
+def test_two_that_unpack_one_archive_unpack_it_once(tmp_path: Path) -> None:
+    folder, content = tmp_path / "data", bytes(range(256)) * 4000
+    archive = make_zip(tmp_path / "a.zip", *((f"sub/{number}", content) for number in range(20)))
+    start = threading.Barrier(3)
+
+    def one(_: int) -> dict[str, int]:
+        start.wait(5)
+        unpack_zip(archive, folder, progress=False)
+        return {path.name: path.stat().st_ino for path in (folder / "sub").iterdir()}
+
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(one, range(3))
+    assert len(first) == 20
+    assert others == [first, first]  # nobody replaced what another may be reading
+    assert names(folder) == ["sub"]
+
+
+def test_unpack_repairs_what_differs_and_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", ("good", b"good"), ("bad", b"fine"), ("short", b"long"), ("folder/", b""))
+    (tmp_path / "data" / ".respiro-unpack" / "sub").mkdir(parents=True)
+    (tmp_path / "data" / ".respiro-unpack" / "half").write_bytes(b"half")
+    for name, content in (("good", b"good"), ("bad", b"evil"), ("short", b"lo")):
+        (tmp_path / "data" / name).write_bytes(content)
+    before = (tmp_path / "data" / "good").stat()
+    unpack_zip(archive, tmp_path / "data", progress=False)
+    assert names(tmp_path / "data") == ["bad", "folder", "good", "short"]
+    assert [(tmp_path / "data" / name).read_bytes() for name in ("bad", "short")] == [b"fine", b"long"]
+    after = (tmp_path / "data" / "good").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def link(name: str) -> zipfile.ZipInfo:

@@ -289,6 +289,27 @@ def test_wav_and_flac_of_one_recording(root: Path) -> None:
         ICBHI(root)
 
 
+@pytest.mark.parametrize("length", [4.0, 60.0], ids=["less-than-a-block", "more-than-a-block"])
+def test_one_sound_under_two_names(root: Path, length: float) -> None:
+    folder = root / "ICBHI_final_database"
+    first, second = folder / f"{FIRST}.wav", folder / "156_2b3_Ar_mc_AKGC417L.wav"
+    samples = np.random.default_rng(0).integers(-9999, 9999, int(length * RATE), dtype=np.int16)
+    soundfile.write(first, samples, RATE, subtype="PCM_16")
+    shutil.copy(first, second)
+    with pytest.raises(AudioError, match=rf"{first.name} and .*{second.name} are two recordings.*remove both"):
+        ICBHI(root)
+    samples[3] += 1  # same size, same middle, another sound
+    soundfile.write(second, samples, RATE, subtype="PCM_16")
+    assert len(ICBHI(root, split="all").recordings) == len(SIDES)
+
+
+def test_lock_files_do_not_disturb(root: Path) -> None:
+    for path in [*root.glob("*.txt"), *(root / "ICBHI_final_database").iterdir(), root / ".respiro-unpack"]:
+        path.with_name(f"{path.name}.lock").touch()
+    write_sounds(root / ".respiro-unpack", ["199_1b1_Al_sc_Meditron"])
+    assert len(ICBHI(root, split="all").recordings) == len(SIDES)
+
+
 def test_partial_copy(root: Path) -> None:
     for suffix in (".wav", ".txt"):
         (root / "ICBHI_final_database" / f"156_2b3_Al_mc_AKGC417L{suffix}").unlink()
@@ -371,6 +392,25 @@ def test_old_names_are_read_under_the_new_one(root: Path, differences: bool) -> 
     assert sorted(dataset.recordings["recording"]) == sorted(sides)
     assert (dataset.recordings["device"].iloc[1:4] == "Meditron").all()
     assert (folder / "102_1b1_Ar_sc_LittC2SE.wav").exists()
+
+
+@pytest.mark.parametrize("differences", [True, False], ids=["with-list", "without-list"])
+def test_old_names_in_files_and_split_are_known_by_the_list_alone(root: Path, differences: bool) -> None:
+    old = "226_1b1_Ll_sc_LittC2SE"
+    if differences:
+        (root / "filename_differences.txt").write_text(f"'{old}'\r\n'101_1b1_Al_sc_AKGC417L'\r\n")
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        recordings = ICBHI(root / "ICBHI_final_database", split="all").recordings  # the list lies beside it
+    assert ["1 recordings lie under an old name" in str(note.message) for note in notes] == [True] * differences
+    device = "Meditron" if differences else "LittC2SE"
+    assert recordings.iloc[-1][["recording", "device"]].tolist() == [f"226_1b1_Ll_sc_{device}", device]
+
+
+def test_list_of_old_names_that_makes_no_sense(root: Path) -> None:
+    (root / "filename_differences.txt").write_text("'226_1b1_Ll_sc_LittC2SE'\n<html>\n")
+    with pytest.raises(MetadataError, match=r"differences\.txt, line 2: .*Correct the file, or fetch"):
+        ICBHI(root)
 
 
 @pytest.mark.parametrize("listed", ["Meditron", "LittC2SE"])
@@ -458,6 +498,11 @@ MARKERS = f"<<<<<<< HEAD\n{split_text(end=chr(10))}=======\n{split_text(end=chr(
         (0, MARKERS, "line 1: .*'<<<<<<< HEAD'"),
         (0, MARKERS.removeprefix("<<<<<<< HEAD\n"), "line 7: .*'======='"),
         (0, split_text().replace(FIRST, "101_1b1_Al_sc_Meditrn"), "line 1: .*'101_1b1_Al_sc_Meditrn'"),
+        (0, "l" + split_text()[1:], "line 1: cannot make sense of the first field 'l01_1b1_Al_sc_Meditron'"),
+        (1, "l" + demographics_text()[1:], "line 1: cannot make sense of the first field 'l01'"),
+        (1, "l01 ? M ? ? ?\n" + demographics_text(), "line 1: cannot make sense of the first field 'l01'"),
+        (1, "l01 ? ? NA ? ?\n" + demographics_text(), "line 1: cannot make sense of the first field 'l01'"),
+        (2, "l" + diagnosis_text()[1:], "line 1: cannot make sense of the first field 'l01'"),
         (0, "a b\nc d\n" + split_text(), "line 2: cannot make sense"),
         (0, split_text() + f"{FIRST}\ttrain\n", r"line 7: 101_1b1_Al_sc stands already in .*line 1"),
         (0, split_text() + "101_1b1_Al_sc_LittC2SE\ttrain\n", "line 7: 101_1b1_Al_sc stands already"),
@@ -474,7 +519,8 @@ MARKERS = f"<<<<<<< HEAD\n{split_text(end=chr(10))}=======\n{split_text(end=chr(
         (2, diagnosis_text().replace("226\t", "225\t"), "no line for patient 226"),
     ],
     ids=[
-        "unknown-side", "conflict-marker", "conflict-later", "damaged-first-stem", "two-headers", "other-side",
+        "unknown-side", "conflict-marker", "conflict-later", "damaged-first-stem", "split-no-header",
+        "ages-no-header", "sex-no-header", "unknown-no-header", "diagnosis-no-header", "two-headers", "other-side",
         "other-name-other-side", "field-count", "empty-split", "unknown-sex", "decimal-comma", "no-number", "infinite",
         "other-age", "no-demographics", "unknown-diagnosis", "other-diagnosis", "no-diagnosis",
     ],
@@ -485,6 +531,7 @@ def test_side_file_that_makes_no_sense(root: Path, kind: int, text: str, message
     with pytest.raises(MetadataError, match=message) as error:
         ICBHI(root)
     assert str(path) in str(error.value)
+    assert "fetch" in str(error.value)
 
 
 def test_side_file_that_is_no_text(root: Path) -> None:
@@ -545,6 +592,7 @@ def test_annotation_that_makes_no_sense(root: Path, text: str, message: str) -> 
     with pytest.raises(AnnotationError, match=message) as error:
         ICBHI(root)
     assert str(path) in str(error.value)
+    assert "fetch the" in str(error.value)
 
 
 def test_annotation_that_is_no_text(root: Path) -> None:
@@ -660,7 +708,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
                 archive.write(path, f"ICBHI_final_database/{path.name}")
     shutil.rmtree(sounds)
     with Server(folder) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield running
         running.shutdown()
 
@@ -690,6 +738,26 @@ def test_download_completes_an_interrupted_unpack(server: Server, tmp_path: Path
     (root / "ICBHI_final_database" / f"{FIRST}.txt").unlink()
     ICBHI.download(root, url=server.url)
     assert len(ICBHI(root, split="all", partial=True).recordings) == len(SIDES) - 1
+
+
+PAGE = "<!DOCTYPE html>\n<html><body>busy, come again</body></html>\n"
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["split", "demographics", "diagnosis"])
+@pytest.mark.parametrize("answer", [PAGE, "", "Sorry\n" + PAGE], ids=["page", "nothing", "text"])
+def test_download_keeps_no_page_that_comes_in_place_of_a_side_file(
+    server: Server, tmp_path: Path, kind: int, answer: str
+) -> None:
+    name = SIDE_NAMES["official"][kind]
+    published = tmp_path / "server" / name
+    good = published.read_bytes()
+    published.write_text(answer)
+    with pytest.raises(DownloadError, match=rf"(?s){name}: the server answered with something else.*by hand") as error:
+        ICBHI.download(tmp_path / "data", url=server.url)
+    assert server.url in str(error.value)
+    published.write_bytes(good)
+    ICBHI.download(tmp_path / "data", url=server.url)
+    assert (tmp_path / "data" / name).read_bytes() == good
 
 
 def test_download_that_fails_says_how_to_fetch_by_hand(server: Server, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import soundfile
 
 from respiro.datasets import _sprsound_check, sprsound
 from respiro.datasets._sprsound_check import Counts
@@ -240,6 +242,23 @@ def test_an_event_up_to_ten_milliseconds_too_long_is_cut_with_a_warning(tmp_path
         assert SPR(tmp_path).cycles["end"].tolist() == [4.0]
 
 
+def to_flac(path: Path) -> Path:
+    samples, rate = soundfile.read(path, dtype="int16")
+    soundfile.write(path.with_suffix(".flac"), samples, rate)
+    return path
+
+
+def test_flac_is_read_like_wav(tmp_path: Path) -> None:
+    kept, columns = SPR(write_set(tmp_path), split="all").all_recordings, ["recording", "frames", "encoding", "split"]
+    for path in sorted(tmp_path.rglob("*.wav")):
+        to_flac(path).unlink()
+    data = SPR(tmp_path, split="all", fade="none", sample_rate=8000, cache_dir=str(tmp_path / "cache"))
+    pd.testing.assert_frame_equal(data.all_recordings[columns], kept[columns])
+    assert data.all_recordings["path"].str.endswith(".flac").all()
+    expected = np.arange(800, 12000, dtype=np.float32) / 32768  # the train recording, 0.1 s to 1.5 s
+    np.testing.assert_array_equal(data.waveform(0), expected)
+
+
 Break = Callable[[Path], object]
 ANNOTATION = Path("train_json") / f"{TRAIN}.json"
 
@@ -282,6 +301,9 @@ BROKEN: dict[str, tuple[Break, type[RespiroError], str]] = {
     "past-the-end": (events_are(event(0, 4011)), AnnotationError, r"ends at 4\.011 s, after the end .*\(4\.000 s\)"),
     "overlap": (events_are(event(500, 900), event(0, 501)), AnnotationError, "events 1 and 0 overlap"),
     "no-wav": (lambda root: (root / f"train_wav/{TRAIN}.wav").unlink(), AnnotationError, f"no .wav.*{TRAIN}"),
+    "wav-and-flac": (
+        lambda root: to_flac(root / f"train_wav/{TRAIN}.wav"),
+        AnnotationError, rf"{TRAIN}\.wav and .*{TRAIN}\.flac have the same name; keep one"),
     "no-json": (lambda root: (root / ANNOTATION).unlink(), AnnotationError, f"no .json.*{TRAIN}"),
     "twice-in-a-folder": (doubled, AnnotationError, "have the same name"),
     "in-two-splits": (
@@ -302,6 +324,8 @@ def test_broken_files_are_named(tmp_path: Path, case: str) -> None:
     with pytest.raises(error, match=message) as caught:
         SPR(tmp_path)
     assert TRAIN in str(caught.value) or "a_1_p1_2" in str(caught.value)
+    if error is AnnotationError:
+        assert re.search("[Ff]etch|keep one|published name", str(caught.value)), "no way out"
 
 
 def test_files_that_systems_leave_behind_are_ignored(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from sklearn.metrics import (
 )
 
 from respiro.errors import LabelError
-from respiro.evaluation import Evaluation, evaluate
+from respiro.evaluation import Evaluation, bootstrap_by_patient, evaluate
 from respiro.metrics._counts import metrics_for
 
 Make = Callable[..., tuple[Any, Any]]
@@ -120,20 +120,6 @@ def test_the_floor_is_calling_all_normal(make: Make, scoring: str, score: float)
     assert (floor["specificity"], floor["sensitivity"], floor["score"]) == (1.0, 0.0, score)
 
 
-def test_disjoint_leaves_out_patients_of_the_train_side(make: Make) -> None:
-    model, data = make(shared_patients=["101", "104"])
-    found = evaluate(model, data)
-    rest = found.predictions[~found.predictions["patient"].isin(["101", "104"])]
-    assert found.disjoint is not None
-    assert (found.disjoint["cycles"], found.disjoint["patients"]) == (len(rest), 7)
-    assert found.disjoint["accuracy"] == pytest.approx(accuracy_score(rest["label"], rest["prediction"]))
-    recall = recall_score(rest["label"], rest["prediction"], average=None)[3]
-    assert found.disjoint["recall_both"] == pytest.approx(recall)
-    assert "disjoint" in str(found)
-    assert evaluate(model, data, split="val").disjoint is None
-    assert evaluate(*make()).disjoint is None
-
-
 def test_a_class_without_cycles_is_undefined_not_zero(make: Make) -> None:
     model, data = make(absent=(3,))
     found = evaluate(model, data)
@@ -169,22 +155,6 @@ def test_the_model_gets_its_modes_back(make: Make) -> None:
     assert model.scale.grad is None
 
 
-def test_the_protocol_is_kept_and_printed_first(make: Make) -> None:
-    model, data = make(notes=["two patients are on both sides"])
-    model.protocol = {"dataset": "Table", "protocol": "official", "select_on": "val", "seed": 3}
-    found = evaluate(model, data)
-    assert found.protocol["split"] == "test"
-    assert found.protocol["seed"] == 7
-    assert found.protocol["training"] == model.protocol
-    assert len(found.protocol["weights_sha256"]) == 64
-    lines = str(found).splitlines()
-    assert lines[0] == "Table, protocol official, labels 4-class, test split"
-    assert lines[1] == "selection on val, seed 7"
-    assert lines[2] == "note: two patients are on both sides"
-    assert "***" not in str(found)
-    assert set(found.versions) == {"respiro", "torch", "lightning", "python"}
-
-
 def test_the_report_shows_percent_beside_the_floor(make: Make) -> None:
     found = evaluate(*make())
     (line,) = [line for line in found.table().splitlines() if line.startswith("Score")]
@@ -194,35 +164,27 @@ def test_the_report_shows_percent_beside_the_floor(make: Make) -> None:
     assert repr(found) == str(found) == found.table()
 
 
-@pytest.mark.parametrize(
-    ("protocol", "training", "split", "expected"),
-    [
-        ({"select_on": "test"}, {}, "test", ["TEST-SELECTED"]),
-        ({}, {"select_on": "test"}, "test", ["TEST-SELECTED"]),
-        ({"leaky": True, "partial": True}, {}, "test", ["LEAKY", "PARTIAL"]),
-        ({"protocol": "patient-fold-1"}, {"protocol": "patient-fold-0"}, "test", ["OTHER SPLIT"]),
-        ({"seed": 0}, {"seed": 1}, "test", []),
-        ({"seed": 0}, {"seed": 1}, "val", ["OTHER SPLIT"]),
-        ({"seed": None}, {"seed": None}, "val", []),
-        ({"protocol": "official"}, {"dataset": "Another", "protocol": "official-clean"}, "test", []),
-    ],
-    ids=["test-selected", "in-training", "leaky-partial", "other-fold", "seed-test", "seed-val", "no-seed", "cross"],
-)
-def test_stamps_are_on_all_that_leaves(
-    make: Make,
-    tmp_path: Path,
-    protocol: dict[str, Any],
-    training: dict[str, Any],
-    split: Any,
-    expected: list[str],
-) -> None:
-    model, data = make(30, **protocol)
-    if training:
-        model.protocol = {"dataset": "Table", "protocol": "official", "select_on": "val"} | training
-    found = evaluate(model, data, split)
-    assert [line.split("***")[1].strip() for line in str(found).splitlines() if "***" in line] == expected
-    title = found.plot_confusion().get_suptitle()
-    assert title.split("   ") == (expected or [""])
+def test_the_loaders_of_a_trainer_are_not_used(make: Make) -> None:
+    model, data = make()
+    expected = evaluate(model, data)
+    data.test_dataloader = lambda: [{"index": torch.tensor([0])}]  # what one of many processes would get
+    pd.testing.assert_frame_equal(evaluate(model, data).predictions, expected.predictions)
+
+
+def test_a_recording_stands_for_a_missing_patient(make: Make) -> None:
+    model, data = make()
+    missing = data.side.cycles["patient"].isin(["101", "105"])
+    data.side.cycles["patient"] = data.side.cycles["patient"].where(~missing)
+    found = evaluate(model, data)
+    y, p = found.predictions["label"], found.predictions["prediction"]
+    names = np.where(missing, found.predictions["recording"], found.predictions["patient"])
+    assert found.intervals["score"] == pytest.approx(bootstrap_by_patient(y, p, names))
+    lone = bootstrap_by_patient(y, p, found.predictions["patient"])
+    assert found.intervals["score"] != pytest.approx(lone)
+    alone = Evaluation.from_predictions(
+        found.predictions.drop(columns="recording"), found.classes, found.scoring, found.protocol
+    )
+    assert alone.intervals["score"] == pytest.approx(lone)
 
 
 def test_save_writes_every_file(make: Make, tmp_path: Path) -> None:
@@ -267,12 +229,12 @@ def test_classes_must_fit(make: Make) -> None:
     with pytest.raises(LabelError, match="the model knows the classes"):
         evaluate(model, data)
     binary, _ = make(classes=("normal", "abnormal"))
-    with pytest.raises(LabelError, match=r"output of shape \(8, 2\) for 8 cycles of a data set with 4 classes"):
+    with pytest.raises(LabelError, match=r"output of shape \(32, 2\) for 32 cycles of a data set with 4 classes"):
         evaluate(binary, data)
 
 
 @pytest.mark.parametrize(
-    ("sampler", "message"),
+    ("rows", "message"),
     [
         (range(89), "gave 89 cycles, 89 different ones, of a table of 90"),
         ([*range(90), 0], "gave 91 cycles, 90 different ones"),
@@ -280,9 +242,9 @@ def test_classes_must_fit(make: Make) -> None:
     ],
     ids=["missing", "padded", "twice"],
 )
-def test_every_cycle_must_come_once(make: Make, sampler: Any, message: str) -> None:
+def test_every_cycle_must_come_once(make: Make, rows: Any, message: str) -> None:
     model, data = make()
-    data.sampler = sampler
+    data.side.rows = rows
     with pytest.raises(ValueError, match=message):
         evaluate(model, data)
 
@@ -290,7 +252,8 @@ def test_every_cycle_must_come_once(make: Make, sampler: Any, message: str) -> N
 def test_any_order_of_cycles_gives_the_same(make: Make) -> None:
     model, data = make()
     expected = evaluate(model, data)
-    data.sampler = list(reversed(range(90)))
+    data.side.rows = list(reversed(range(90)))
+    data.batch_size = 7
     pd.testing.assert_frame_equal(evaluate(model, data).predictions, expected.predictions)
 
 

@@ -155,6 +155,14 @@ def test_pairing_is_tighter_than_the_models_alone() -> None:
     assert (same.difference, same.low, same.high) == (0, 0, 0)
 
 
+def test_a_pair_falls_back_to_the_recording() -> None:
+    a = random_cycles().assign(cycle=range(200))
+    b = a.assign(prediction=random_cycles(seed=1)["prediction"])
+    nameless = [table.assign(recording=table["patient"], patient=None) for table in (a, b)]
+    found, expected = compare_paired(*nameless, num_draws=100), compare_paired(a, b, num_draws=100)
+    assert (found.difference, found.low, found.high) == (expected.difference, expected.low, expected.high)
+
+
 @pytest.mark.parametrize("seeds", [2, 3, 5, 6])
 def test_paired_t_over_seeds_matches_scipy(seeds: int) -> None:
     cycles = random_cycles()

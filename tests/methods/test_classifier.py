@@ -125,10 +125,74 @@ def test_what_is_not_our_checkpoint_is_refused(tmp_path: Path, content: Any, mes
 def test_labels_that_do_not_fit_are_refused(sprsound_root: Path, tmp_path: Path) -> None:
     data = SPRSoundDataModule(sprsound_root, task="1-1", partial=True, duration=1.0)
     trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, **SILENT)
-    with pytest.raises(
-        LabelError, match=r"classes \['normal', 'adventitious'\], the model .*classes=datamodule.classes"
-    ):
+    with pytest.raises(LabelError, match=r"\['normal', 'adventitious'\] and scoring 'sprsound', the model"):
         trainer.fit(SoundClassifier(CNN6()), datamodule=data)
+    with pytest.raises(LabelError, match=r"scoring=datamodule\.scoring"):
+        trainer.fit(SoundClassifier(CNN6(), classes=data.classes), datamodule=data)
+
+
+def test_sampling_rates_that_do_not_fit_are_refused(icbhi_root: Path, tmp_path: Path) -> None:
+    data = ICBHIDataModule(icbhi_root, sample_rate=8000, duration=1.0)
+    trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, **SILENT)
+    with pytest.raises(ValueError, match="8000 Hz, the features expect 16000 Hz"):
+        trainer.fit(SoundClassifier(CNN6()), datamodule=data)
+
+
+def test_a_stamp_once_earned_stays(icbhi_root: Path, tmp_path: Path) -> None:
+    """Training on honestly after a test-selected start does not hide the start."""
+    options = {"limit_train_batches": 1, "limit_val_batches": 1, "default_root_dir": tmp_path, **SILENT}
+    settings: dict[str, Any] = {"batch_size": 4, "duration": 1.0}
+    seed_everything(7, verbose=False)
+    model = SoundClassifier(CNN6())
+    first = Trainer(max_epochs=1, **options)
+    first.fit(model, datamodule=ICBHIDataModule(icbhi_root, select_on="test", **settings))
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    resumed = SoundClassifier(CNN6())
+    honest = ICBHIDataModule(icbhi_root, **settings)
+    Trainer(max_epochs=2, **options).fit(resumed, datamodule=honest, ckpt_path=tmp_path / "first.ckpt")
+    Trainer(max_epochs=1, **options).fit(model, datamodule=honest)
+    for trained in (model, resumed):
+        assert [record["select_on"] for record in trained.history] == ["test", "val"]
+        assert trained.protocol["select_on"] == "val"
+        assert trained.protocol["training_seed"] == 7
+    Trainer(max_epochs=1, **options).fit(model, datamodule=honest)
+    assert len(model.history) == 2  # the same record again says nothing new
+
+
+@pytest.mark.parametrize(("schedule", "fits"), [("cosine", False), ("constant", True)])
+def test_training_for_a_time(icbhi_root: Path, tmp_path: Path, schedule: Any, fits: bool) -> None:
+    data = ICBHIDataModule(icbhi_root, batch_size=4, duration=0.5)
+    trainer = Trainer(max_epochs=-1, max_time={"seconds": 2}, limit_val_batches=0, default_root_dir=tmp_path, **SILENT)
+    model = SoundClassifier(CNN6(), schedule=schedule)
+    if fits:
+        trainer.fit(model, datamodule=data)
+    else:
+        with pytest.raises(ValueError, match="max_epochs or max_steps"):
+            trainer.fit(model, datamodule=data)
+
+
+class NoSize(nn.Module):
+    """A backbone that does not say how large its embeddings are."""
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: SoundClassifier(NoSize()), TypeError, "NoSize has no num_features.*head="),  # type: ignore[arg-type]
+        (lambda: SoundClassifier(CNN6(), head=LinearHead(512, 3)), LabelError, "3 logits for 4 classes"),
+        (lambda: SoundClassifier(CNN6(), classes=["a", "a"]), LabelError, "two different names"),
+        (lambda: SoundClassifier("CNN6"), TypeError, "backbone must be a Backbone"),  # type: ignore[arg-type]
+    ],
+    ids=["no-size", "head-of-three", "same-names", "a-name"],
+)
+def test_parts_that_do_not_fit_are_refused(build: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_numpy_numbers_can_be_restored(icbhi_root: Path, tmp_path: Path) -> None:
+    _, _, path = fitted(icbhi_root, tmp_path, lr=np.float64(1e-3), head=LinearHead(512, 4, dropout=np.float32(0.5)))
+    assert SoundClassifier.load_from_checkpoint(path, weights_only=True).lr == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -207,7 +271,7 @@ class TestPredict:
         soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 4000 * 19), 4000)
         table = self.model.predict(path)
         self.check(table, 3)
-        assert table[["start", "end"]].to_numpy().tolist() == [[0, 8], [8, 16], [16, 19]]
+        assert table[["start", "end"]].to_numpy().tolist() == [[0, 8], [8, 16], [11, 19]]
 
     def test_a_file_with_cycle_times_reads_like_the_data_set(self, icbhi_root: Path) -> None:
         data = ICBHI(icbhi_root, split="test", fade="recording")
@@ -226,6 +290,7 @@ class TestPredict:
             ([(1.0, 0.5)], "does not lie within"),
             ([(0.0, 0.5), (0.0, 9.0)], "cycle 1"),
             ([(-1.0, 1.0)], "cycle 0"),
+            ([(0.5, 0.50001)], "no samples"),
         ],
     )
     def test_wrong_cycle_times(self, tmp_path: Path, cycles: Any, message: str) -> None:
@@ -234,13 +299,23 @@ class TestPredict:
         with pytest.raises(ValueError, match=message):
             self.model.predict(path, cycles)
 
+    @pytest.mark.parametrize("samples", [800, 32000, 32001, 80001])
+    def test_no_window_is_a_sliver(self, tmp_path: Path, samples: int) -> None:
+        path = tmp_path / "any.wav"
+        soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, samples), 4000)
+        table = self.model.predict(path)
+        assert table["end"].iloc[-1] == samples / 4000
+        assert ((table["end"] - table["start"]).round(9) == min(8.0, samples / 4000)).all()
+
     def test_what_is_no_sound(self, tmp_path: Path) -> None:
         with pytest.raises(AudioError):
             self.model.predict(tmp_path / "absent.wav")
         with pytest.raises(ValueError, match="predict takes waveforms"):
             self.model.predict(3)
 
-    def test_the_mode_is_left_as_it_was(self) -> None:
+    def test_the_modes_are_left_as_they_were(self) -> None:
         self.model.train()
+        self.model.backbone.eval()
         self.model.predict(torch.zeros(16000))
         assert self.model.training
+        assert not self.model.backbone.training

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,25 @@ class TestEveryFrontEnd:
         waveform = noise(clips, 9000)
         each = torch.cat([features(clip[None]) for clip in waveform])
         torch.testing.assert_close(features(waveform), each, rtol=0, atol=1e-4)
+
+    def test_threads_change_neither_the_values_nor_the_settings(self, features: Any, shape: tuple[int, ...]) -> None:
+        waveform, before = noise(23, 9000), torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            serial = features(waveform)
+            torch.set_num_threads(3)
+            with torch.inference_mode():
+                parallel = features(waveform)
+            with ThreadPoolExecutor(1) as pool:
+                assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == 3
+        finally:
+            torch.set_num_threads(before)
+        torch.testing.assert_close(parallel, serial, rtol=0, atol=1e-4)
+        differentiable = features(waveform.requires_grad_())
+        assert differentiable.requires_grad
+        torch.testing.assert_close(differentiable, serial, rtol=0, atol=1e-4)
+        with torch.no_grad():
+            assert not features(waveform).requires_grad
 
     def test_input_is_not_changed(self, features: Any, shape: tuple[int, ...]) -> None:
         waveform = noise(2, 16000)

@@ -1,153 +1,26 @@
-"""Sound files and plain waveforms: read a segment, resample, fade, fit to a length.
-
-The only module that opens sound files (with libsndfile) and the only one that imports torchaudio.
-"""
+"""Plain waveforms: resample, fade, fit to a length. The only module that imports torchaudio."""
 
 from __future__ import annotations
 
 import math
-import os
-import stat
-import struct
-import warnings
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
-import soundfile
 import torch
 
-from respiro.errors import AudioError
+from respiro.errors import AudioError, check_choice
 
-__all__ = [
-    "Header",
-    "Pad",
-    "decode",
-    "fade",
-    "file_stat",
-    "fit_length",
-    "read",
-    "read_header",
-    "resample",
-    "resampled_length",
-]
+__all__ = ["Pad", "Rounding", "check_rates", "fade", "fit_length", "positions", "resample", "resampled_length"]
 
 Pad = Literal["repeat", "zero", "reflect"]
+Rounding = Literal["truncate", "milliseconds"]
 #: A number, or an array of numbers.
 Count = TypeVar("Count", int, np.ndarray)
 
-#: Size of a data chunk whose writer could not go back to fill it in (a stream).
-_UNKNOWN_SIZE = 0xFFFFFFFF
-#: What libsndfile reports for a FLAC stream that does not state its length.
-_UNKNOWN_FRAMES = 2**63 - 1
-
-
-class Header(NamedTuple):
-    """What a sound file says about itself."""
-
-    sample_rate: int  #: Hz
-    frames: int  #: samples per channel
-    channels: int
-    encoding: str  #: libsndfile's name of the sample format, for example ``"PCM_16"``
-
-
-def file_stat(path: str | Path) -> os.stat_result:
-    """Return size and times of a sound file.
-
-    Raises:
-        AudioError: If *path* does not exist, is no file, or is empty.
-    """
-    try:
-        info = Path(path).stat()
-    except OSError as error:
-        raise AudioError(f"{path}: cannot be opened ({error.strerror}). Check the path, or fetch the file.") from error
-    if not stat.S_ISREG(info.st_mode):
-        raise AudioError(f"{path}: is not a file. Check the path.")
-    if info.st_size == 0:
-        raise AudioError(f"{path}: has 0 bytes. Fetch it again.")
-    return info
-
-
-def read_header(path: str | Path) -> Header:
-    """Read the header of a sound file, and check that the file is as long as it says.
-
-    The rate, the sample format and the length count; other fields of the header may be wrong (every SPRSound file has
-    a wrong ``nBlockAlign``).
-
-    Raises:
-        AudioError: If the file is missing, empty, not sound, holds no samples, or ends before its data do.
-    """
-    size = file_stat(path).st_size
-    try:
-        info = soundfile.info(path)
-        with Path(path).open("rb") as file:
-            expected = _wav_end(file)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(
-            f"{path}: is not a sound file that libsndfile can read ({_reason(error)}). Fetch it again, or convert it "
-            f"to WAV or FLAC."
-        ) from error
-    except OSError as error:
-        raise AudioError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
-    if expected is not None and expected > size:  # libsndfile would silently read what is there
-        raise AudioError(
-            f"{path}: is truncated, its header promises {expected} bytes and {size} are there. Fetch it again."
-        )
-    if info.frames == _UNKNOWN_FRAMES:
-        raise AudioError(f"{path}: does not state its length (a stream). Write it again with a tool that fills it in.")
-    if info.frames == 0:
-        raise AudioError(
-            f"{path}: holds no samples (only a header, or its length was never filled in). Fetch it again."
-        )
-    return Header(info.samplerate, info.frames, info.channels, info.subtype)
-
-
-def read(path: str | Path, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, int]:
-    """Read a sound file, or a segment of it, as mono at its own rate.
-
-    Args:
-        path: File in any format of libsndfile.
-        start: First sample.
-        stop: Sample after the last; the end of the file by default.
-
-    Returns:
-        Samples ``(n,)`` float32 (integer formats in [-1, 1], float formats as they are), and the rate in Hz. Several
-        channels are averaged, with a warning.
-
-    Raises:
-        AudioError: As :func:`read_header`, or if samples are missing, damaged, NaN or infinite.
-        ValueError: If the segment does not lie in the file.
-    """
-    samples, header = decode(path, start, stop)
-    if header.channels > 1:
-        warnings.warn(f"{path}: its {header.channels} channels are averaged", UserWarning, stacklevel=2)
-    return samples, header.sample_rate
-
-
-def decode(path: str | Path, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, Header]:
-    """Do what :func:`read` does without a warning, and return the whole header."""
-    header = read_header(path)
-    stop = header.frames if stop is None else stop
-    if not 0 <= start <= stop <= header.frames:
-        raise ValueError(f"the segment must lie in the {header.frames} samples of {path}, got {start!r} to {stop!r}")
-    try:
-        with soundfile.SoundFile(path) as file:
-            file.seek(start)
-            samples = file.read(stop - start, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path}: is damaged or truncated ({_reason(error)}). Fetch it again.") from error
-    if len(samples) < stop - start:
-        raise AudioError(
-            f"{path}: is truncated, only {len(samples)} of {stop - start} samples from {start} on are there. "
-            f"Fetch it again."
-        )
-    finite = np.isfinite(samples)
-    if not finite.all():
-        position = start + int(np.argmin(finite.all(axis=1)))
-        raise AudioError(f"{path}: sample {position} is NaN or infinite. Fetch it again, or repair the file.")
-    return samples[:, 0] if header.channels == 1 else samples.mean(axis=1), header
+#: Product of the rates, divided by what they share, up to which a filter is built; 282,240 from 11025 to 16000 Hz.
+_LARGEST_FILTER = 10_000_000
 
 
 def resample(waveform: np.ndarray, orig_rate: int, new_rate: int) -> np.ndarray:
@@ -166,6 +39,7 @@ def resample(waveform: np.ndarray, orig_rate: int, new_rate: int) -> np.ndarray:
 
     Raises:
         ValueError: If a rate is not positive.
+        AudioError: If the rates have so little in common that the filter would not fit into memory.
         ImportError: If torchaudio is not installed, or does not fit the installed torch.
 
     Example:
@@ -176,6 +50,7 @@ def resample(waveform: np.ndarray, orig_rate: int, new_rate: int) -> np.ndarray:
         raise ValueError(f"rates must be positive, got {orig_rate!r} and {new_rate!r}")
     if orig_rate == new_rate:
         return waveform
+    check_rates(orig_rate, new_rate)
     divisor = math.gcd(orig_rate, new_rate)
     orig, new = orig_rate // divisor, new_rate // divisor
     # The filter pads with zeros itself, so zeros at the end change no sample; they give a float32 length room to err.
@@ -185,10 +60,43 @@ def resample(waveform: np.ndarray, orig_rate: int, new_rate: int) -> np.ndarray:
     return resampled[: resampled_length(len(waveform), orig, new)]
 
 
+def check_rates(orig_rate: int, new_rate: int, where: str = "") -> None:
+    """Raise an ``AudioError``, which begins with *where*, for rates that have too little in common.
+
+    The filter has a phase for each sample of the new rate, and each phase the length of the old one, after both were
+    divided by what they share: 441 × 160 from 44100 to 16000 Hz, but 44101 × 16000 from 44101 Hz.
+    """
+    if orig_rate * new_rate // math.gcd(orig_rate, new_rate) ** 2 > _LARGEST_FILTER:
+        raise AudioError(
+            f"{where}cannot be resampled from {orig_rate} to {new_rate} Hz, which share no useful divisor. Check the "
+            f"rate in the header of the file, or choose a rounder sampling rate."
+        )
+
+
 def resampled_length(frames: Count, orig_rate: Count, new_rate: Count) -> Count:
     """Return how many samples *frames* become: ``ceil(new_rate * frames / orig_rate)``."""
     length: Count = -(-new_rate * frames // orig_rate)
     return length
+
+
+def positions(seconds: np.ndarray, rates: np.ndarray | int, rounding: Rounding) -> np.ndarray:
+    """Return the sample at each time, int64.
+
+    Args:
+        seconds: Times, any shape.
+        rates: Hz, of a shape that broadcasts.
+        rounding: ``"truncate"`` is ``int(t * rate)`` (the papers on ICBHI), ``"milliseconds"`` the exact
+            ``round(t * 1000) * rate // 1000`` (SPRSound, whose times are whole milliseconds).
+
+    Example:
+        >>> positions(np.array([0.0, 0.29]), 16000, "truncate")
+        array([   0, 4639])
+        >>> positions(np.array([0.0, 0.29]), 16000, "milliseconds")
+        array([   0, 4640])
+    """
+    if rounding == "milliseconds":
+        return np.asarray(np.rint(seconds * 1000).astype(np.int64) * rates // 1000)
+    return np.asarray((seconds * rates).astype(np.int64))
 
 
 def fade(waveform: np.ndarray, length: int, begin: int = 0, total: int | None = None) -> np.ndarray:
@@ -255,8 +163,7 @@ def fit_length(waveform: np.ndarray, size: int, pad: Pad = "repeat", fade_out: i
         >>> fit_length(np.array([1.0, 2.0]), 5, pad="zero")
         array([0., 1., 2., 0., 0.], dtype=float32)
     """
-    if pad not in ("repeat", "zero", "reflect"):
-        raise ValueError(f"pad must be one of 'repeat', 'zero', 'reflect', got {pad!r}")
+    check_choice("pad", pad, get_args(Pad))
     if size < 1:
         raise ValueError(f"size must be positive, got {size!r}")
     missing = size - len(waveform)
@@ -276,23 +183,6 @@ def fit_length(waveform: np.ndarray, size: int, pad: Pad = "repeat", fade_out: i
 
 def _ramp(length: int) -> np.ndarray:
     return np.linspace(0, 1, length, dtype=np.float32)
-
-
-def _wav_end(file: BinaryIO) -> int | None:
-    """Return the position at which the data chunk of a RIFF file ends; ``None`` where the file does not say."""
-    container = file.read(12)
-    if container[:4] != b"RIFF" or container[8:] != b"WAVE":
-        return None
-    while len(chunk := file.read(8)) == 8:
-        name, size = struct.unpack("<4sI", chunk)
-        if name == b"data":
-            return None if size == _UNKNOWN_SIZE else file.tell() + int(size)
-        file.seek(size + size % 2, os.SEEK_CUR)  # chunks begin at even positions
-    return None
-
-
-def _reason(error: Any) -> str:
-    return str(error.error_string).rstrip(".")  # str(error) repeats the path
 
 
 @lru_cache(maxsize=16)
