@@ -35,13 +35,17 @@ def cross_entropy(
         A scalar.
 
     Raises:
-        LabelError: If there are not as many weights as logits.
+        LabelError: If there are not as many weights as logits, or a label is no class.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
         >>> cross_entropy(logits, torch.tensor([0, -1]))
         tensor(0.1269)
     """
+    classes = logits.shape[1]
+    # On a CPU only: on a GPU the check would wait for all that is under way, and torch stops at such a label anyway.
+    if labels.device.type == "cpu" and len(labels) and not _IGNORED <= labels.min() <= labels.max() < classes:
+        raise LabelError(f"labels must lie in [-1, {classes}) for logits of {classes} classes, got {labels.tolist()}")
     if logits.dtype != torch.float64:
         logits = logits.float()
     if weight is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from respiro.component import Transform
+from respiro.errors import check_choice
 
 __all__ = ["KaldiFbank", "LogMelSpectrogram"]
 
@@ -78,6 +79,7 @@ class KaldiFbank(Transform):
         super().__init__()
         f_max = sample_rate / 2 if f_max is None else f_max
         _check_band(f_min, f_max, sample_rate)
+        _check_positive(num_mel_bins=num_mel_bins, std=std)
         self.sample_rate = sample_rate
         self.num_features = num_mel_bins
         self.mean = mean
@@ -170,13 +172,10 @@ class LogMelSpectrogram(Transform):
     ) -> None:
         super().__init__()
         _check_band(f_min, f_max, sample_rate)
-        for name, value, options in (
-            ("mel_scale", mel_scale, ("htk", "slaney")),
-            ("norm", norm, ("slaney", None)),
-            ("normalize", normalize, get_args(Normalize)),
-        ):
-            if value not in options:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+        _check_positive(n_fft=n_fft, hop_length=hop_length, n_mels=n_mels, std=std)
+        check_choice("mel_scale", mel_scale, ("htk", "slaney"))
+        check_choice("norm", norm, ("slaney", None))
+        check_choice("normalize", normalize, get_args(Normalize))
         from librosa.filters import mel
 
         self.sample_rate = sample_rate
@@ -283,6 +282,12 @@ def _check_waveform(waveform: Tensor, samples: int, what: str) -> None:
         raise ValueError(
             f"waveform has {waveform.shape[1]} samples, but {what} needs at least {samples}; pad the clips to that"
         )
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value!r}")
 
 
 def _check_band(f_min: float, f_max: float, sample_rate: int) -> None:

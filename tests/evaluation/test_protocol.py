@@ -64,8 +64,18 @@ def test_the_protocol_is_kept_and_printed_first(make: Make) -> None:
         (FOLD | {"folds": "drawn", "seed": 0}, FOLD | {"folds": "drawn", "seed": 1}, "test", ["OTHER SPLIT"]),
         (FOLD | {"folds": "given", "seed": 0}, FOLD | {"folds": "given", "seed": 1}, "test", []),
         (FOLD | {"folds": "drawn"}, FOLD | {"folds": "given"}, "test", ["OTHER SPLIT"]),
-        ({"test_splits": ["intra", "inter"]}, {"test_splits": ("inter", "intra")}, "test", []),
-        ({"test_splits": ["intra", "inter"]}, {"test_splits": ["inter"]}, "test", ["OTHER SPLIT"]),
+        (
+            {"protocol": "official-clean", "test_splits": ["intra", "inter"]},
+            {"protocol": "official-clean", "test_splits": ("inter", "intra")},
+            "test",
+            [],
+        ),
+        (
+            {"protocol": "official-clean", "test_splits": ["intra", "inter"]},
+            {"protocol": "official-clean", "test_splits": ["inter"]},
+            "test",
+            ["OTHER SPLIT"],
+        ),
     ],
     ids=[
         "test-selected",

@@ -147,6 +147,12 @@ def test_a_class_without_examples_is_named() -> None:
         CrossEntropy("balanced").use_class_counts([5, 0, 1])
 
 
+@pytest.mark.parametrize("label", [-2, 4])
+def test_labels_that_are_no_class(label: int) -> None:
+    with pytest.raises(LabelError, match=r"labels must lie in \[-1, 4\) for logits of 4 classes"):
+        cross_entropy(torch.zeros(2, 4), torch.tensor([0, label]))
+
+
 def test_wrong_number_of_weights() -> None:
     with pytest.raises(LabelError, match="there are 3 class weights for logits of 4 classes"):
         CrossEntropy(WEIGHT)(random_logits(6, 4), torch.zeros(6, dtype=torch.int64))

@@ -230,8 +230,11 @@ def test_short_clips_name_the_samples_they_need(features: Transform, samples: in
         (lambda: LogMelSpectrogram(normalize="max"), "normalize must be one of 'clip_minmax', .*, got 'max'"),
         (lambda: LogMelSpectrogram(mel_scale="bark"), "mel_scale must be one of 'htk', 'slaney', got 'bark'"),
         (lambda: LogMelSpectrogram(norm="htk"), "norm must be one of 'slaney', None, got 'htk'"),
+        (lambda: LogMelSpectrogram(std=0.0), "std must be positive, got 0.0"),
+        (lambda: LogMelSpectrogram(hop_length=0), "hop_length must be positive, got 0"),
+        (lambda: KaldiFbank(num_mel_bins=0), "num_mel_bins must be positive, got 0"),
     ],
-    ids=["nyquist-log-mel", "nyquist-kaldi", "band", "shift", "normalize", "scale", "norm"],
+    ids=["nyquist-log-mel", "nyquist-kaldi", "band", "shift", "normalize", "scale", "norm", "std", "hop", "bins"],
 )
 def test_bad_arguments(make: Callable[[], Transform], message: str) -> None:
     with pytest.raises(ValueError, match=message):
