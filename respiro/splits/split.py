@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 
 from respiro.datasets._tables import listing, mark_clean
-from respiro.splits.audit import audit_leakage, require_columns, shared_patients
+from respiro.splits.audit import require_columns, shared_patients
 from respiro.splits.grouping import deal, group_counts, groups_of
 
-__all__ = ["Split", "audit_leakage", "patient_folds", "split_cycles"]
+__all__ = ["PROTOCOLS", "Split", "patient_folds", "split_cycles"]
 
 _NUM_FOLDS = 5
 _FOLDS = {f"patient-fold-{fold}": fold for fold in range(_NUM_FOLDS)}
