@@ -89,10 +89,10 @@ def positions(seconds: np.ndarray, rates: np.ndarray | int, rounding: Rounding) 
             ``round(t * 1000) * rate // 1000`` (SPRSound, whose times are whole milliseconds).
 
     Example:
-        >>> positions(np.array([0.0, 0.29]), 16000, "truncate")
-        array([   0, 4639])
-        >>> positions(np.array([0.0, 0.29]), 16000, "milliseconds")
-        array([   0, 4640])
+        >>> positions(np.array([0.0, 1.001]), 16000, "truncate")
+        array([    0, 16015])
+        >>> positions(np.array([0.0, 1.001]), 16000, "milliseconds")
+        array([    0, 16016])
     """
     if rounding == "milliseconds":
         return np.asarray(np.rint(seconds * 1000).astype(np.int64) * rates // 1000)
