@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
+import pkgutil
 import sys
 import time
 import warnings
@@ -210,14 +210,14 @@ _PART = "a part that respiro did not write and that is built without arguments: 
 
 
 def _build_parts(named: dict[str, str]) -> dict[str, Any]:
-    parts = {}
-    for name, path in named.items():
-        module, _, attribute = path.rpartition(".")
-        try:
-            parts[name] = getattr(importlib.import_module(module), attribute)()
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"part {name}={path} cannot be built: {error}") from error
-    return parts
+    return {name: _build_part(name, path) for name, path in named.items()}
+
+
+def _build_part(name: str, path: str) -> Any:
+    try:
+        return pkgutil.resolve_name(path)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"part {name}={path} cannot be built: {error}") from error
 
 
 def _device(name: str) -> str:

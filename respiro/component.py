@@ -6,8 +6,8 @@ A :class:`Component` records its constructor arguments. :func:`describe` turns a
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,9 +109,8 @@ def build(part: Any, kind: type[Part], argument: str) -> Part:
             f"the checkpoint names {path!r}, which respiro did not write; "
             f"build it yourself and pass it: load_from_checkpoint(path, {argument}=...)"
         )
-    module_name, _, class_name = path.rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module_name), class_name)
+        cls = pkgutil.resolve_name(path)
     except (ImportError, AttributeError):
         raise CheckpointError(
             f"the checkpoint names {path!r}, which this version of respiro does not have; "

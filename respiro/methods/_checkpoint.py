@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import pickle
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,13 @@ def restore(path: str | Path, **parts: Any) -> Any:
         CheckpointError: If the file is not one of ours, or its method is not part of respiro.
     """
     class_path = str(read_checkpoint(path)[RECORD]["class_path"])
-    module_name, _, class_name = class_path.rpartition(".")
-    if module_name.split(".")[0] != "respiro":
+    if class_path.split(".")[0] != "respiro":
         raise CheckpointError(
             f"{path} was written by {class_path!r}, which is not part of respiro; "
-            f"restore it with that class: {class_name}.load_from_checkpoint(path)"
+            f"restore it with that class: {class_path.rpartition('.')[2]}.load_from_checkpoint(path)"
         )
     try:
-        method = getattr(importlib.import_module(module_name), class_name)
+        method = pkgutil.resolve_name(class_path)
     except (ImportError, AttributeError):
         raise CheckpointError(
             f"{path} was written by {class_path!r}, which this version of respiro does not have; "
