@@ -11,15 +11,28 @@ import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from respiro.errors import CheckpointError
 
-__all__ = ["Backbone", "Component", "Loss", "Transform", "build", "class_path", "describe", "eval_mode", "plain"]
+__all__ = [
+    "Backbone",
+    "Component",
+    "Loss",
+    "Mixed",
+    "Transform",
+    "build",
+    "check_partners",
+    "class_path",
+    "describe",
+    "eval_mode",
+    "plain",
+]
 
 Spec = dict[str, Any]
 Part = TypeVar("Part", bound=nn.Module)
@@ -67,8 +80,38 @@ class Backbone(Component):
     num_features: int
 
 
+class TokenBackbone(Backbone):
+    """Encoder that cuts features into a grid of tokens, which can be mixed before it goes on with them."""
+
+    #: Tokens along (frequency, time).
+    grid: tuple[int, int]
+
+    def embed_patches(self, features: Tensor) -> Tensor:
+        """Return the tokens ``(B, grid[0] * grid[1], D)`` of features ``(B, T, F)``, row by row of the grid."""
+        raise NotImplementedError
+
+    def forward_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings ``(B, num_features)`` of tokens, mixed or not."""
+        raise NotImplementedError
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the embeddings ``(B, num_features)``."""
+        return self.forward_tokens(self.embed_patches(features))
+
+
 class Transform(Component):
     """Feature extraction or augmentation on batches: waveforms ``(B, S)`` or features ``(B, T, F)``."""
+
+
+class Mixed(NamedTuple):
+    """A batch in which every sample holds parts of another: what mixing transforms return."""
+
+    #: The mixed samples, in the shape they came in.
+    x: Tensor
+    #: Partner of each sample ``(B,)``, int64: sample ``i`` holds parts of sample ``index[i]``.
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, of no use here
+    #: Share of its own that a sample kept, in [0, 1]: one for the batch ``()``, or one per sample ``(B,)``.
+    lam: Tensor
 
 
 class Loss(Component):
@@ -130,6 +173,29 @@ def class_path(cls: type) -> str:
     package = ".".join(cls.__module__.split(".")[:2])
     public = getattr(sys.modules.get(package), cls.__name__, None) is cls
     return f"{package if public else cls.__module__}.{cls.__qualname__}"
+
+
+def check_partners(index: Tensor, batch: int) -> None:
+    """Check the partners of a mixed batch, their range on a CPU only.
+
+    On a GPU the look would wait for all that is under way, and torch itself stops at an index outside the batch.
+
+    Raises:
+        ValueError: If *index* is not int64 of shape ``(batch,)``, or names a sample that is not in the batch.
+
+    Example:
+        >>> check_partners(torch.tensor([1, 2]), batch=2)
+        Traceback (most recent call last):
+            ...
+        ValueError: index must name samples of the batch, 0 to 1, got [1, 2]
+    """
+    if index.dtype != torch.int64 or index.shape != (batch,):
+        raise ValueError(
+            f"index must be int64 of shape ({batch},), a partner for each sample, "
+            f"got {index.dtype} of shape {tuple(index.shape)}"
+        )
+    if index.device.type == "cpu" and batch and not 0 <= index.min() <= index.max() < batch:
+        raise ValueError(f"index must name samples of the batch, 0 to {batch - 1}, got {index.tolist()}")
 
 
 @contextmanager

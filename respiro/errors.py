@@ -52,6 +52,10 @@ class CheckpointError(RespiroError, ValueError):
     """A checkpoint was not written by respiro, or names a part that only its author can build."""
 
 
+class DivergenceError(RespiroError, ArithmeticError):
+    """The training loss is not a finite number."""
+
+
 class WeightsError(RespiroError, ValueError):
     """Pretrained weights do not fit the model; nothing was loaded."""
 

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from respiro.component import Transform
 from respiro.errors import check_choice
+from respiro.transforms._checks import check_positive, check_waveform, full_precision
 
 __all__ = ["KaldiFbank", "LogMelSpectrogram"]
 
@@ -79,7 +80,7 @@ class KaldiFbank(Transform):
         super().__init__()
         f_max = sample_rate / 2 if f_max is None else f_max
         _check_band(f_min, f_max, sample_rate)
-        _check_positive(num_mel_bins=num_mel_bins, std=std)
+        check_positive(num_mel_bins=num_mel_bins, std=std)
         self.sample_rate = sample_rate
         self.num_features = num_mel_bins
         self.mean = mean
@@ -101,10 +102,10 @@ class KaldiFbank(Transform):
 
     def forward(self, waveform: Tensor) -> Tensor:
         """Return the normalised log-mel spectrogram ``(B, T, F)``."""
-        _check_waveform(waveform, self.frame, f"one frame of {self.frame} samples")
+        check_waveform(waveform, self.frame, f"one frame of {self.frame} samples")
         with torch.autocast(waveform.device.type, enabled=False):
             frames = 1 + (waveform.shape[1] - self.frame) // self.shift
-            logmel = _clip_by_clip(self._log_mel, _full_precision(waveform), frames)
+            logmel = _clip_by_clip(self._log_mel, full_precision(waveform), frames)
         return logmel.to(waveform.dtype)
 
     def _log_mel(self, waveform: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ class LogMelSpectrogram(Transform):
     ) -> None:
         super().__init__()
         _check_band(f_min, f_max, sample_rate)
-        _check_positive(n_fft=n_fft, hop_length=hop_length, n_mels=n_mels, std=std)
+        check_positive(n_fft=n_fft, hop_length=hop_length, n_mels=n_mels, std=std)
         check_choice("mel_scale", mel_scale, ("htk", "slaney"))
         check_choice("norm", norm, ("slaney", None))
         check_choice("normalize", normalize, get_args(Normalize))
@@ -194,10 +195,10 @@ class LogMelSpectrogram(Transform):
 
     def forward(self, waveform: Tensor) -> Tensor:
         """Return the normalised log-mel spectrogram ``(B, T, F)``."""
-        _check_waveform(waveform, self.n_fft // 2 + 1, f"a reflected window of {self.n_fft} samples")
+        check_waveform(waveform, self.n_fft // 2 + 1, f"a reflected window of {self.n_fft} samples")
         with torch.autocast(waveform.device.type, enabled=False):
             frames = 1 + waveform.shape[1] // self.hop_length
-            decibels = _clip_by_clip(self._decibels, _full_precision(waveform), frames)
+            decibels = _clip_by_clip(self._decibels, full_precision(waveform), frames)
             return self._normalise(decibels).to(waveform.dtype)
 
     def _decibels(self, waveform: Tensor) -> Tensor:
@@ -267,27 +268,6 @@ def _power(spectrum: Tensor) -> Tensor:
     # Much faster than abs() ** 2 or a sum over the last dimension, and its gradient is finite at 0.
     parts = torch.view_as_real(spectrum).square_()
     return parts[..., 0] + parts[..., 1]
-
-
-def _full_precision(waveform: Tensor) -> Tensor:
-    return waveform if waveform.dtype == torch.float64 else waveform.float()
-
-
-def _check_waveform(waveform: Tensor, samples: int, what: str) -> None:
-    if waveform.ndim != 2 or not waveform.is_floating_point():
-        raise ValueError(
-            f"waveform must be floating point of shape (B, S), got {waveform.dtype} of shape {tuple(waveform.shape)}"
-        )
-    if waveform.shape[1] < samples:
-        raise ValueError(
-            f"waveform has {waveform.shape[1]} samples, but {what} needs at least {samples}; pad the clips to that"
-        )
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value!r}")
 
 
 def _check_band(f_min: float, f_max: float, sample_rate: int) -> None:
