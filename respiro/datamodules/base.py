@@ -63,6 +63,7 @@ class RespiratoryDataModule(LightningDataModule):
         select_on: SelectOn,
         seed: int,
         num_workers: int,
+        drop_last: bool,
     ) -> None:
         super().__init__()
         check_choice("protocol", protocol, splits.PROTOCOLS)
@@ -80,6 +81,7 @@ class RespiratoryDataModule(LightningDataModule):
         self.select_on = select_on
         self.seed = seed
         self.num_workers = num_workers
+        self.drop_last = drop_last
         self.protocol: dict[str, Any] = {}
 
     def keep_settings(self) -> None:
@@ -177,8 +179,8 @@ class RespiratoryDataModule(LightningDataModule):
         }
 
     def train_dataloader(self) -> Loader:
-        """Shuffled train side; the last, smaller batch is kept."""
-        return DataLoader(self.train_set, shuffle=True, **self._loading(self.train_set))
+        """Shuffled train side; the last, smaller batch is kept unless ``drop_last`` is set."""
+        return DataLoader(self.train_set, shuffle=True, drop_last=self.drop_last, **self._loading(self.train_set))
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """Validation side in order, or nothing where ``val_fraction`` is 0."""

@@ -30,6 +30,7 @@ class ICBHIDataModule(RespiratoryDataModule):
             stamped on every result.
         seed: Chooses the validation patients (and the folds or the random split, where the protocol draws them).
         num_workers: Loader processes; reading is cheap, 0 is enough without a GPU.
+        drop_last: Leave out the last train batch of an epoch where it is smaller than the others.
         sample_rate: Hz.
         duration: Seconds of every waveform.
         pad: ``"repeat"``, ``"zero"`` or ``"reflect"``.
@@ -67,6 +68,7 @@ class ICBHIDataModule(RespiratoryDataModule):
         select_on: SelectOn = "val",
         seed: int = 0,
         num_workers: int = 0,
+        drop_last: bool = False,
         sample_rate: int = 16000,
         duration: float = 8.0,
         pad: Pad = "repeat",
@@ -85,6 +87,7 @@ class ICBHIDataModule(RespiratoryDataModule):
             select_on=select_on,
             seed=seed,
             num_workers=num_workers,
+            drop_last=drop_last,
         )
         self.save_hyperparameters()
         self.keep_settings()

@@ -31,6 +31,7 @@ class SPRSoundDataModule(RespiratoryDataModule):
         select_on: ``"val"``, or ``"test"``, which is stamped on every result.
         seed: Chooses the validation patients.
         num_workers: Loader processes; reading is cheap, 0 is enough without a GPU.
+        drop_last: Leave out the last train batch of an epoch where it is smaller than the others.
         sample_rate: Hz.
         duration: Seconds of every waveform.
         pad: ``"repeat"``, ``"zero"`` or ``"reflect"``.
@@ -58,6 +59,7 @@ class SPRSoundDataModule(RespiratoryDataModule):
         select_on: SelectOn = "val",
         seed: int = 0,
         num_workers: int = 0,
+        drop_last: bool = False,
         sample_rate: int = 16000,
         duration: float = 8.0,
         pad: Pad = "repeat",
@@ -77,6 +79,7 @@ class SPRSoundDataModule(RespiratoryDataModule):
             select_on=select_on,
             seed=seed,
             num_workers=num_workers,
+            drop_last=drop_last,
         )
         check_choice("test_side", test_side, ("inter", "intra", "both"))
         self.save_hyperparameters()

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from respiro.methods.classifier import SoundClassifier
 
 Optimizer = Literal["adam", "adamw", "sgd"]
-Schedule = Literal["cosine", "constant"]
-#: Where the cosine ends, as a share of the peak learning rate.
-FLOOR = 0.01
+Schedule = Literal["cosine", "epoch-cosine", "constant"]
+#: Where the warm-up of "epoch-cosine" begins, as a share of the peak learning rate.
+_WARM_FROM = 0.1
 
 
 def configure(model: SoundClassifier) -> OptimizerLRScheduler:
@@ -26,32 +26,59 @@ def configure(model: SoundClassifier) -> OptimizerLRScheduler:
     extra = {"momentum": 0.9, "nesterov": True} if model.optimizer == "sgd" else {}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = makers[model.optimizer](parameters, lr=model.lr, weight_decay=model.weight_decay, **extra)
-    steps = model.trainer.estimated_stepping_batches
+    trainer = model.trainer
+    steps = trainer.estimated_stepping_batches
     if steps == float("inf") and (model.schedule != "constant" or model.warmup):
         raise ValueError("the schedule needs to know where training ends; give Trainer max_epochs or max_steps")
-    scheduler = LambdaLR(optimizer, lambda step: factor(step, steps, model.schedule, model.warmup))
+    if model.schedule == "epoch-cosine" and (trainer.max_epochs in (None, -1) or trainer.max_steps != -1):
+        raise ValueError("schedule 'epoch-cosine' counts epochs; give Trainer max_epochs, and no max_steps")
+    epochs = trainer.max_epochs or 1
+    scheduler = LambdaLR(
+        optimizer, lambda step: factor(step, steps, model.schedule, model.warmup, model.lr_floor, epochs)
+    )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def factor(step: int, steps: float, schedule: Schedule, warmup: float) -> float:
-    """Return the share of the peak learning rate at *step* of *steps*.
+def factor(
+    step: int, steps: float, schedule: Schedule, warmup: float = 0.0, floor: float = 0.01, epochs: int = 1
+) -> float:
+    """Return the share of the peak learning rate at *step* of *steps*, which are *epochs*.
 
     Example:
-        >>> [round(factor(step, 4, "cosine", 0.0), 3) for step in range(5)]
+        >>> [round(factor(step, 4, "cosine"), 3) for step in range(5)]
         [1.0, 0.855, 0.505, 0.155, 0.01]
-        >>> [factor(step, 4, "constant", 0.5) for step in range(4)]
+        >>> [factor(step, 4, "constant", warmup=0.5) for step in range(4)]
         [0.5, 1.0, 1.0, 1.0]
+        >>> [round(factor(step, 4, "epoch-cosine", epochs=2), 3) for step in range(4)]
+        [0.505, 0.505, 0.01, 0.01]
     """
+    if schedule == "epoch-cosine":
+        return _epoch_cosine(step * epochs / steps, epochs, warmup, floor)
     rising = math.ceil(steps * warmup) if warmup else 0
     if step < rising:
         return (step + 1) / rising
     if schedule == "constant":
         return 1.0
-    done = min(1.0, (step - rising) / max(1, steps - rising))
-    return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * done)) / 2
+    return _cosine((step - rising) / max(1, steps - rising), floor)
 
 
-def check(optimizer: str, lr: float, weight_decay: float, schedule: str, warmup: float) -> None:
+def _cosine(done: float, floor: float) -> float:
+    return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def _epoch_cosine(elapsed: float, epochs: int, warmup: float, floor: float) -> float:
+    """Return the cosine at the end of the epoch under way (Bae et al., 2023, released code), *elapsed* in epochs.
+
+    Its first epoch is already below the peak. Its warm-up rises linearly, step by step, to the cosine's value.
+    """
+    warm = round(warmup * epochs)
+    if elapsed < warm:
+        return _WARM_FROM + elapsed / warm * (_cosine(warm / epochs, floor) - _WARM_FROM)
+    # Steps divide into epochs exactly; the small number keeps a rounded-down quotient in its epoch.
+    return _cosine((math.floor(elapsed + 1e-9) + 1) / epochs, floor)
+
+
+def check(optimizer: str, lr: float, weight_decay: float, schedule: str, warmup: float, lr_floor: float) -> None:
     """Raise a ``ValueError`` for settings without a meaning."""
     check_choice("optimizer", optimizer, get_args(Optimizer))
     check_choice("schedule", schedule, get_args(Schedule))
@@ -61,3 +88,5 @@ def check(optimizer: str, lr: float, weight_decay: float, schedule: str, warmup:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay!r}")
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup must be in [0, 1), got {warmup!r}")
+    if not 0 <= lr_floor <= 1:
+        raise ValueError(f"lr_floor must be in [0, 1], got {lr_floor!r}")

@@ -18,8 +18,8 @@ from typing_extensions import Self
 from respiro import __version__
 from respiro.component import Backbone, Component, Loss, Transform, build, class_path, describe, eval_mode
 from respiro.errors import LabelError
-from respiro.losses import CrossEntropy, cross_entropy
-from respiro.methods import _optim
+from respiro.losses import CrossEntropy, MixedCrossEntropy, cross_entropy
+from respiro.methods import _optim, _steps
 from respiro.methods._checkpoint import RECORD, read_checkpoint
 from respiro.methods._optim import Optimizer, Schedule
 from respiro.methods._predict import AUDIO, predict_dataset, predict_file, table
@@ -40,21 +40,32 @@ class SoundClassifier(LightningModule):
         backbone: Encoder of features ``(B, T, F)`` to embeddings ``(B, D)``.
         classes: Class names in the order of their labels; give ``datamodule.classes`` for anything but ICBHI's four.
         features: Front end on waveforms ``(B, S)``; default :class:`respiro.transforms.LogMelSpectrogram`.
+        waveform_augment: Augmentation of waveforms, while training only; default none.
         augment: Augmentation of features, while training only; default none.
+        mix: Mixing of augmented features, while training only: :class:`respiro.transforms.Mixup` or
+            :class:`respiro.transforms.CutMix`; default none.
         head: Embeddings to logits ``(B, C)``; default :class:`respiro.models.LinearHead`.
-        loss: Default :class:`respiro.losses.CrossEntropy` with weights balanced by the train counts.
+        loss: Default :class:`respiro.losses.CrossEntropy` with weights balanced by the train counts; with *mix*,
+            :class:`respiro.losses.MixedCrossEntropy` with the same weights.
         scoring: ``"icbhi"`` or ``"sprsound"``: which score is logged as ``val_score`` and ``test_score``.
         optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"`` (momentum 0.9, Nesterov).
         lr: Peak learning rate.
         weight_decay: As the optimiser defines it.
-        schedule: ``"cosine"`` to 1 % of *lr* over the whole training, or ``"constant"``; set every step.
+        schedule: ``"cosine"`` over the whole training or ``"constant"``, both set every step; ``"epoch-cosine"`` is set
+            once an epoch, to where the cosine stands at its end (the released code of Bae et al., 2023).
         warmup: Share of the training over which the learning rate rises linearly to *lr*; in [0, 1).
+        lr_floor: Where the cosine ends, as a share of *lr*.
+        compile: Compile the backbone with ``torch.compile`` before training: slow first steps, faster later ones.
+
+    All that a training step draws at random depends on the seed, the process, the epoch and the number of the batch
+    alone: processes draw differently, and a resumed training draws what an uninterrupted one does.
 
     Raises:
         ValueError: If an argument has no meaning.
         LabelError: If two classes have one name, or the head another number of classes.
         CheckpointError: If an argument of a part is no plain data; when restoring, if a part was not written by
             respiro and was not passed.
+        DivergenceError: While training, if the loss is not finite; looked at every ``log_every_n_steps`` steps.
 
     Example:
         >>> from respiro.models import CNN6
@@ -68,7 +79,9 @@ class SoundClassifier(LightningModule):
         backbone: Backbone,
         classes: Sequence[str] = ("normal", "crackle", "wheeze", "both"),
         features: Transform | None = None,
+        waveform_augment: Transform | None = None,
         augment: Transform | None = None,
+        mix: Transform | None = None,
         head: Component | None = None,
         loss: Loss | None = None,
         scoring: Literal["icbhi", "sprsound"] = "icbhi",
@@ -77,24 +90,29 @@ class SoundClassifier(LightningModule):
         weight_decay: float = 1e-4,
         schedule: Schedule = "cosine",
         warmup: float = 0.0,
+        lr_floor: float = 0.01,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        _optim.check(optimizer, lr, weight_decay, schedule, warmup)
+        _optim.check(optimizer, lr, weight_decay, schedule, warmup, lr_floor)
         self.classes = _checked(classes)
         self.backbone = build(backbone, Backbone, "backbone")
-        self.features = build(LogMelSpectrogram() if features is None else features, Transform, "features")
-        self.augment = nn.Identity() if augment is None else build(augment, Transform, "augment")
+        self.features = build(self._default_features() if features is None else features, Transform, "features")
+        self.waveform_augment = _optional(waveform_augment, "waveform_augment")
+        self.augment = _optional(augment, "augment")
+        self.mix = None if mix is None else build(mix, Transform, "mix")
         self.head = build(self._default_head() if head is None else head, Component, "head")
         outputs = getattr(self.head, "init_args", {}).get("num_classes", len(self.classes))
         if outputs != len(self.classes):
             raise LabelError(f"the head gives {outputs} logits for {len(self.classes)} classes; build it for as many")
-        self.loss = build(CrossEntropy(weight="balanced") if loss is None else loss, Loss, "loss")
+        self.loss = build(self._default_loss() if loss is None else loss, Loss, "loss")
         self.scoring = scoring
         self.optimizer = optimizer
         self.lr = float(lr)  # numpy's would end up in the optimiser's state and keep the checkpoint from loading
         self.weight_decay = float(weight_decay)
         self.schedule = schedule
         self.warmup = float(warmup)
+        self.lr_floor = float(lr_floor)
         metrics = metrics_for(scoring, self.classes)
         self.val_metrics: MetricCollection = metrics.clone(prefix="val_")
         self.test_metrics: MetricCollection = metrics.clone(prefix="test_")
@@ -107,7 +125,9 @@ class SoundClassifier(LightningModule):
                 "backbone": describe(self.backbone),
                 "classes": list(self.classes),
                 "features": describe(self.features),
+                "waveform_augment": None if waveform_augment is None else describe(self.waveform_augment),
                 "augment": None if augment is None else describe(self.augment),
+                **({} if self.mix is None else {"mix": describe(self.mix)}),  # subclasses that mix have none
                 "head": describe(self.head),
                 "loss": describe(self.loss),
                 "scoring": scoring,
@@ -116,6 +136,8 @@ class SoundClassifier(LightningModule):
                 "weight_decay": self.weight_decay,
                 "schedule": schedule,
                 "warmup": self.warmup,
+                "lr_floor": self.lr_floor,
+                "compile": bool(compile),
             }
         )
 
@@ -124,6 +146,17 @@ class SoundClassifier(LightningModule):
             name = type(self.backbone).__name__
             raise TypeError(f"{name} has no num_features to build a head for; give it that attribute, or pass head=...")
         return LinearHead(self.backbone.num_features, len(self.classes))
+
+    def _default_features(self) -> Transform:
+        return LogMelSpectrogram()
+
+    def _default_loss(self) -> Loss:
+        return CrossEntropy("balanced") if self.mix is None else MixedCrossEntropy("balanced")
+
+    @property
+    def smallest_batch(self) -> int:
+        """Samples that a training step needs."""
+        return 1 if self.mix is None else 2
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -141,7 +174,11 @@ class SoundClassifier(LightningModule):
         self._check_data(data)
         if stage == "fit" and data is not None:
             seed = os.environ.get("PL_GLOBAL_SEED")
-            record = {**getattr(data, "protocol", {}), "training_seed": None if seed is None else int(seed)}
+            record = {
+                **getattr(data, "protocol", {}),
+                "training_seed": None if seed is None else int(seed),
+                "pretrained": getattr(self.backbone, "pretrained", None),
+            }
             self.history += [record] if record not in self.history[-1:] else []
             if isinstance(self.loss, Loss) and hasattr(data, "class_counts"):
                 self.loss.use_class_counts(data.class_counts)
@@ -161,12 +198,45 @@ class SoundClassifier(LightningModule):
                 f"the data set has {rate} Hz, the features expect {own} Hz; give both the same sample_rate"
             )
 
+    def on_fit_start(self) -> None:
+        """Compile the backbone if asked to."""
+        if self.hparams["compile"]:
+            self.backbone.compile()
+
+    def on_train_start(self) -> None:
+        """Keep the seed, and check that no batch is too small for the method."""
+        self._seed = torch.initial_seed()
+        _steps.check_batches(self.trainer, self.smallest_batch)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make what this batch draws its own, and different on every process."""
+        _steps.seed(self._seed, self.global_rank, self.current_epoch, batch_idx)
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        x = self.augment(self.features(batch["waveform"]))
-        loss: Tensor = self.loss(self.head(self.backbone(x)), batch["label"])
-        self.log("train_loss", loss, batch_size=len(x), on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+        x, labels = self.training_features(batch), batch["label"]
+        if self.mix is None:
+            return self.logged(self.loss(self.head(self.backbone(x)), labels), labels)
+        mixed = self.mix(x)
+        return self.logged(self.loss(self.head(self.backbone(mixed.x)), labels, mixed.index, mixed.lam), labels)
+
+    def training_features(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the augmented features ``(B, T, F)`` of a batch."""
+        features: Tensor = self.augment(self.features(self.waveform_augment(batch["waveform"])))
+        return features
+
+    def logged(self, loss: Tensor, labels: Tensor, **terms: Tensor) -> Tensor:
+        """Log the mean over the epoch of ``train_loss`` and its *terms*, and return the loss."""
+        how: Any = {"batch_size": len(labels), "on_step": False, "on_epoch": True, "sync_dist": True}
+        self.log_dict(terms, **how)
+        self.log("train_loss", loss, prog_bar=True, **how)
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop at a loss that is not finite; not looked at in every step, as the look makes a GPU wait."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it from elsewhere
+        if batch_idx % max(1, every) == 0:
+            _steps.check_loss(outputs["loss"], self.current_epoch, batch_idx)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Log ``val_loss`` (cross-entropy without class weights), ``val_score`` and its rates."""
@@ -266,3 +336,7 @@ def _checked(classes: Sequence[str]) -> tuple[str, ...]:
     if len(set(names)) != len(names) or len(names) < 2:
         raise LabelError(f"classes must be at least two different names, got {list(names)}")
     return names
+
+
+def _optional(part: Transform | None, argument: str) -> nn.Module:
+    return nn.Identity() if part is None else build(part, Transform, argument)

@@ -52,3 +52,61 @@ def results(icbhi_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_two_processes_test_like_one(results: dict[int, dict[str, float]]) -> None:
     assert set(results[1]) == {"test_loss", "test_score", "test_sensitivity", "test_specificity"}
     assert results[2] == pytest.approx(results[1], abs=1e-6)
+
+
+TRAINING = """
+import json, sys
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from respiro.datamodules import ICBHIDataModule
+from respiro.losses import PatchMixContrastiveLoss
+from respiro.methods import PatchMixCL
+from respiro.models import AST
+from respiro.transforms import KaldiFbank, PatchMix, SpecAugment
+
+torch.set_num_threads(1)
+root, output = sys.argv[1:]
+seed_everything(0, verbose=False)
+draws = []
+
+class Watched(PatchMix):
+    def draw(self, *args):
+        index, mask = super().draw(*args)
+        draws.append([index.tolist(), mask.tolist()])
+        return index, mask
+
+class WatchedMasks(SpecAugment):
+    def forward(self, features, generator=None):
+        augmented = super().forward(features, generator)
+        draws.append((augmented != features).tolist())
+        return augmented
+
+model = PatchMixCL(
+    AST("tiny224", num_mel_bins=32, frames=48, stride=8),
+    features=KaldiFbank(num_mel_bins=32),
+    augment=WatchedMasks(freq_width=8, time_width=20),
+    patch_mix=Watched(),
+    contrastive=PatchMixContrastiveLoss(gather=True),
+    target="project_flow",
+)
+data = ICBHIDataModule(root, batch_size=3, duration=0.5, drop_last=True)
+trainer = Trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=0, devices=2, accelerator="cpu",
+                  strategy="ddp", logger=False, enable_progress_bar=False, enable_model_summary=False,
+                  enable_checkpointing=False)
+trainer.fit(model, datamodule=data)
+weights = float(sum(p.detach().double().abs().sum() for p in model.parameters()))
+open(f"{output}/{trainer.global_rank}.json", "w").write(json.dumps({"draws": draws, "weights": weights}))
+"""
+
+
+def test_two_processes_draw_differently_and_stay_together(icbhi_root: Path, tmp_path: Path) -> None:
+    """Masks, partners and shares are each process's own; after the steps both hold the same weights."""
+    script = tmp_path / "script.py"
+    script.write_text(TRAINING)
+    command = [sys.executable, str(script), str(icbhi_root), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=300, cwd=tmp_path, capture_output=True)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert len(first["draws"]) == len(second["draws"]) == 4
+    drawn = [json.dumps(draw) for draw in first["draws"] + second["draws"]]
+    assert len(set(drawn)) == len(drawn)  # neither another step nor another process draws the same
+    assert first["weights"] == second["weights"]

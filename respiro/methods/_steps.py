@@ -1,0 +1,50 @@
+"""What every training step rests on: its own random numbers, batches that are large enough, a finite loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from respiro.errors import DivergenceError
+
+__all__ = ["check_batches", "check_loss", "seed"]
+
+
+def seed(*place: int) -> None:
+    """Seed torch's random numbers with a hash of *place*: seed, process, epoch, batch."""
+    torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+
+
+def check_batches(trainer: Any, smallest: int) -> None:
+    """Find out before training, and not at the end of the first epoch, that its last batch is too small.
+
+    Raises:
+        ValueError: If the last batch of an epoch has fewer samples than *smallest*.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or loader.batch_size is None or trainer.num_training_batches < len(loader):
+        return
+    samples = len(loader.sampler)  # type: ignore[arg-type]  # a loader with a length has a sampler with one
+    last = loader.batch_size if loader.drop_last else samples % loader.batch_size or loader.batch_size
+    if last < smallest:
+        raise ValueError(
+            f"{samples} train samples in batches of {loader.batch_size} leave a batch of {last}, but the method needs "
+            f"at least {smallest}; give the datamodule drop_last=True or another batch_size"
+        )
+
+
+def check_loss(loss: Tensor, epoch: int, batch: int) -> None:
+    """Stop a training that cannot recover.
+
+    Raises:
+        DivergenceError: If the loss is not a finite number.
+    """
+    if not torch.isfinite(loss):
+        raise DivergenceError(
+            f"the training loss is {loss.item()} in epoch {epoch}, batch {batch}; lower lr, look for waveforms that "
+            f"are not finite, or train with precision 32-true or bf16-mixed"
+        )
