@@ -110,65 +110,9 @@ def _demo(argv: list[str]) -> None:
 
 
 def _fit(argv: list[str]) -> None:
-    from lightning.pytorch.callbacks import ModelCheckpoint
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from respiro._cli_fit import fit
 
-    import respiro.losses
-    import respiro.models
-    import respiro.transforms  # noqa: F401  (its classes may then be named shortly)
-    from respiro.datamodules.base import RespiratoryDataModule
-    from respiro.methods import SoundClassifier
-
-    class FitCLI(LightningCLI):
-        """LightningCLI with one subcommand, and labels that follow the data set."""
-
-        @staticmethod
-        def subcommands() -> dict[str, set[str]]:
-            return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
-
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-            parser.set_defaults(
-                {"checkpoint.monitor": "val_score", "checkpoint.mode": "max", "checkpoint.save_last": True}
-            )
-            backbone = {"class_path": "respiro.models.CNN6"}
-            parser.set_defaults(
-                {"model": {"class_path": "respiro.methods.SoundClassifier", "init_args": {"backbone": backbone}}}
-            )
-            parser.link_arguments("data.classes", "model.init_args.classes", apply_on="instantiate")
-            parser.link_arguments("data.scoring", "model.init_args.scoring", apply_on="instantiate")
-
-        def _parse_ckpt_path(self) -> None:
-            """Take the model from the options alone: ours is described otherwise than Lightning would read it."""
-
-        def after_instantiate_classes(self) -> None:
-            if not self.datamodule.val_fraction and self.datamodule.select_on == "val":
-                checkpoint: Any = self.trainer.checkpoint_callback
-                checkpoint.monitor = None  # nothing to select by: the last epoch is kept
-
-        def after_fit(self) -> None:
-            checkpoint: Any = self.trainer.checkpoint_callback
-            if self.trainer.is_global_zero and checkpoint.best_model_path:
-                chosen = (
-                    f"best {checkpoint.monitor} {checkpoint.best_model_score:.4f}" if checkpoint.monitor else "last"
-                )
-                stamp = " *** TEST-SELECTED ***" if self.datamodule.select_on == "test" else ""
-                print(f"\n{chosen}: {checkpoint.best_model_path}{stamp}")
-                print(f"to score it on the test side: respiro test {checkpoint.best_model_path}")
-
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it is how a command is passed on
-    FitCLI(
-        SoundClassifier,
-        RespiratoryDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        # Our checkpoints describe themselves; with this on, Lightning would write its own, other form into them.
-        load_from_checkpoint_support=False,
-        save_config_kwargs={"overwrite": True},
-        args=["fit", *argv],
-    )
+    fit(argv)
 
 
 def _score(argv: list[str], side: Literal["val", "test"]) -> None:

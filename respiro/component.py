@@ -78,6 +78,8 @@ class Backbone(Component):
     """Encoder: features ``(B, T, F)`` to embeddings ``(B, num_features)``."""
 
     num_features: int
+    #: Name and digest of the published weights it was filled with.
+    pretrained: dict[str, str] | None = None
 
 
 class TokenBackbone(Backbone):

@@ -16,12 +16,12 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
-import platformdirs
 import torch
 from filelock import FileLock
 from tqdm import tqdm
 
 from respiro import audio
+from respiro.download import cache_folder
 from respiro.errors import AnnotationError, AudioError, StoreError, check_choice
 
 __all__ = ["Cycle", "WaveformStore"]
@@ -97,8 +97,7 @@ class WaveformStore:
         """
         _check_arguments(segments, sample_rate, resample, rounding)
         request = _Request.of(segments, int(sample_rate), resample, rounding)
-        caches = cache_dir or os.environ.get("RESPIRO_CACHE") or platformdirs.user_cache_dir("respiro")
-        folder = Path(caches).expanduser() / "waveforms" / request.key()
+        folder = cache_folder(cache_dir) / "waveforms" / request.key()
         _ensure(request, folder, progress)
         return cls(folder)
 

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+import yaml
 
 from respiro.cli import COMMANDS, main
 from respiro.datamodules import ICBHIDataModule
 from respiro.methods._checkpoint import read_checkpoint
+from respiro.models import AST
 from respiro.splits import audit_leakage
 
 QUIET = "--trainer.accelerator cpu --trainer.enable_progress_bar false"
@@ -108,6 +111,83 @@ def test_fit_without_a_validation_side(icbhi_root: Path, tmp_path: Path, capsys:
     assert "last: " in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of weights for the smallest AST on one second of sound."""
+    path = tmp_path_factory.mktemp("weights") / "ast.pth"
+    torch.save(AST("tiny224", frames=98, stride=16).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def ast_config(icbhi_root: Path, tmp_path: Path) -> Path:
+    """A config that trains that AST for one step which hardly changes it."""
+    ast = {"class_path": "AST", "init_args": {"size": "tiny224", "frames": 98, "stride": 16}}
+    model = {"backbone": ast, "features": {"class_path": "KaldiFbank"}, "lr": 1e-9}
+    data = {"root": str(icbhi_root), "duration": 1.0, "batch_size": 4}
+    config = {
+        "model": {"class_path": "SoundClassifier", "init_args": model},
+        "data": {"class_path": "ICBHIDataModule", "init_args": data},
+        "trainer": {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "accelerator": "cpu"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path / "config.yaml"
+
+
+@pytest.mark.parametrize("place", ["option", "config"])
+def test_fit_begins_with_pretrained_weights(
+    place: str, ast_config: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if place == "config":
+        ast_config.write_text(f"weights: {weights}\n{ast_config.read_text()}")
+    option = ["--weights", weights] if place == "option" else []
+    run("fit", "--config", ast_config, *option, "--trainer.default_root_dir", tmp_path)
+    assert f"{weights}: 151 tensors loaded" in capsys.readouterr().out
+    checkpoint = next(tmp_path.rglob("last.ckpt"))
+    trained = {name: t for name, t in read_checkpoint(checkpoint)["state_dict"].items() if "backbone" in name}
+    for name, tensor in torch.load(weights, weights_only=True).items():
+        torch.testing.assert_close(trained[f"backbone.{name}"], tensor, rtol=0, atol=1e-6)
+    run(
+        "fit", "--config", ast_config, *option, "--ckpt_path", checkpoint, "--trainer.default_root_dir", tmp_path / "on"
+    )
+    text = capsys.readouterr().out
+    assert "tensors loaded" not in text
+    assert f"weights {weights} not loaded: the training goes on from {checkpoint}" in text
+
+
+def test_fit_refuses_weights_of_another_model(
+    icbhi_root: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = f"--data ICBHIDataModule --data.root {icbhi_root} --trainer.default_root_dir {tmp_path}"
+    with pytest.raises(SystemExit):
+        run(
+            "fit",
+            "--weights",
+            weights,
+            *data.split(),
+            "--model.backbone",
+            "TimmBackbone",
+            "--model.backbone.name",
+            "resnet10t",
+        )
+    assert "WeightsError: TimmBackbone takes no published weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--config {}", "--config={}", "-c {}"], ids=["space", "equals", "short"])
+def test_fit_takes_a_recipe_by_its_name(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", *option.format("bae2023_ast_ce").split(), "--print_config")
+    assert stopped.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["weights"] == "AST_AUDIOSET"
+    (tmp_path / "bae2023_ast_ce").write_text("weights: mine\n")
+    with pytest.raises(SystemExit):
+        run("fit", *option.format("bae2023_ast_ce").split(), "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["weights"] == "mine"
+
+
 def test_fit_on_sprsound(sprsound_root: Path, tmp_path: Path) -> None:
     data = (
         f"--data SPRSoundDataModule --data.root {sprsound_root} --data.task 2-1 --data.duration 1 --data.partial true"
@@ -186,6 +266,7 @@ def test_audit_looks_at_the_split_that_fit_uses(
         (("test", "--device", "cpu", "nowhere.ckpt"), "the checkpoint comes first"),
         (("data", "icbhi", "nowhere", "--labels", "5-class"), "labels must be one of"),
         (("audit", "icbhi", "nowhere", "--protocol", "offical"), "protocol must be one of"),
+        (("fit", "--config", "bae2032"), "config 'bae2032' is neither a file nor a recipe; recipes: bae2023_"),
     ],
 )
 def test_errors_are_one_clear_message(args: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

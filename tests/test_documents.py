@@ -37,4 +37,4 @@ def test_the_example_config_is_accepted(name: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", os.fspath(PROJECT / "examples" / name), "--print_config"])
     assert stopped.value.code == 0
-    assert "CNN6" in capsys.readouterr().out
+    assert "class_path: respiro.methods." in capsys.readouterr().out

@@ -7,16 +7,14 @@ import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock
 from tqdm import tqdm
 
+from respiro.download import disk_errors, locked
 from respiro.errors import DownloadError
 
-__all__ = ["disk_errors", "locked", "unpack_zip"]
+__all__ = ["unpack_zip"]
 
 _ASIDE = ".respiro-unpack"
 
@@ -46,29 +44,6 @@ def unpack_zip(path: str | os.PathLike[str], folder: str | os.PathLike[str], pro
                 _unpack(archive, folder, path, progress)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
         raise DownloadError(f"{path} cannot be unpacked: {error}. Remove it and download it again.") from error
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` about *path* into a :class:`DownloadError`."""
-    try:
-        yield
-    except DownloadError:
-        raise
-    except OSError as error:
-        raise DownloadError(f"cannot write or read {path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep every other process and thread that asks the same off *path*; makes its folder if necessary.
-
-    The lock is the file ``<path>.lock``, which stays: to remove it while others wait for it would let two of them in.
-    """
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            yield
 
 
 def _check_member(member: zipfile.ZipInfo, path: Path) -> None:

@@ -22,8 +22,9 @@ from respiro.datasets._icbhi_files import (
 )
 from respiro.datasets._icbhi_tables import cycles_table, missing_recordings, recordings_table, scan_all
 from respiro.datasets._tables import mark_clean
+from respiro.datasets._unpack import unpack_zip
 from respiro.datasets.base import Fade, RespiratoryDataset, check_reading
-from respiro.datasets.download import fetch, unpack_zip
+from respiro.download import fetch
 from respiro.errors import DownloadError, MetadataError, PartialDatasetError, check_choice
 
 __all__ = ["ICBHI", "respirenet_folds"]

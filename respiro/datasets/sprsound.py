@@ -11,8 +11,9 @@ import pandas as pd
 from respiro import audio
 from respiro.datasets import _sprsound_check, _sprsound_files
 from respiro.datasets._sprsound_files import EVENTS, RECORD_LABELS
+from respiro.datasets._unpack import unpack_zip
 from respiro.datasets.base import Fade, RespiratoryDataset, check_reading
-from respiro.datasets.download import fetch, unpack_zip
+from respiro.download import fetch
 from respiro.errors import DatasetNotFoundError, PartialDatasetError, check_choice
 
 __all__ = ["SPRSound"]

@@ -318,7 +318,10 @@ class SoundClassifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the records of earlier trainings; where one is resumed, its own stands last."""
         earlier = checkpoint.get(RECORD, {}).get("history", [])
-        self.history = [*earlier, *(record for record in self.history if record not in earlier)]
+        pretrained = earlier[-1].get("pretrained") if earlier else None
+        self.backbone.pretrained = pretrained
+        own = [record | {"pretrained": pretrained} for record in self.history]
+        self.history = [*earlier, *(record for record in own if record not in earlier)]
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]

@@ -1,13 +1,20 @@
-"""Backbones and heads."""
+"""Backbones, heads, and the pretrained weights that fill them."""
 
-from respiro.models.heads import LinearHead
+from respiro.models.ast import AST
+from respiro.models.heads import LinearHead, Projector
 from respiro.models.panns import CNN6, CNN10, CNN14
 from respiro.models.timm import TimmBackbone
+from respiro.models.weights import LoadReport, Weights, load_weights
 
 __all__ = [
+    "AST",
     "CNN6",
     "CNN10",
     "CNN14",
     "LinearHead",
+    "LoadReport",
+    "Projector",
     "TimmBackbone",
+    "Weights",
+    "load_weights",
 ]

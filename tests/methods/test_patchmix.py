@@ -169,6 +169,7 @@ def test_resuming_draws_what_an_uninterrupted_training_draws(icbhi_root: Path, t
     options: dict[str, Any] = {"max_epochs": 2, "overfit_batches": 2, "default_root_dir": tmp_path, **SILENT}
     seed_everything(0, verbose=False)
     whole = methods()["patchmix-ce"]
+    whole.backbone.pretrained = {"source": "AST_AUDIOSET", "sha256": "dfc3"}  # as load_weights notes
     every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     Trainer(**options, callbacks=[every]).fit(whole, datamodule=data)
     seed_everything(0, verbose=False)
@@ -176,6 +177,8 @@ def test_resuming_draws_what_an_uninterrupted_training_draws(icbhi_root: Path, t
     Trainer(**options).fit(resumed, datamodule=data, ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
     for (name, expected), value in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=0, msg=name)
+    assert resumed.protocol["pretrained"] == whole.protocol["pretrained"] == whole.backbone.pretrained
+    assert len(resumed.history) == 1
 
 
 def test_a_training_that_diverges_stops(icbhi_root: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fetch and unpack published archives: resumable, checked, and never half-written under the final name."""
+"""Fetch published files: resumable, checked, and never half-written under the final name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import os
 import re
 import ssl
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
 from typing import IO, Any, cast
@@ -16,13 +18,14 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, OpenerDirector, Request, build_opener
 
+import platformdirs
+from filelock import FileLock
 from tqdm import tqdm
 
 from respiro import __version__
-from respiro.datasets._unpack import disk_errors, locked, unpack_zip
 from respiro.errors import DownloadError
 
-__all__ = ["fetch", "unpack_zip"]
+__all__ = ["cache_folder", "disk_errors", "fetch", "file_sha256", "locked"]
 
 _BLOCK = 1 << 16
 _TIMEOUT = 30.0  # seconds without a byte
@@ -53,7 +56,8 @@ def fetch(
     Args:
         url: An ``http`` or ``https`` address; redirects are followed, though never from ``https`` to ``http``.
         path: Where the file is to be. A file already there is taken as it is if *size* and *sha256* fit or are unknown.
-        sha256: Published digest in hexadecimal.
+        sha256: Published digest in hexadecimal, or its beginning of at least 8 digits where no more is published (as
+            in the file names of torch hub).
         size: Published size in bytes.
         verify_tls: Check the server's certificate. Switch it off only for a server whose broken certificate you know,
             and preferably together with *sha256*.
@@ -62,16 +66,55 @@ def fetch(
     Raises:
         DownloadError: If the file cannot be had (refused, timed out, certificate not trusted), arrives truncated or
             different from *size* or *sha256*, or cannot be written.
-        ValueError: If *url* is not an ``http`` or ``https`` address.
+        ValueError: If *url* is not an ``http`` or ``https`` address, or *sha256* not 8 to 64 hexadecimal digits.
     """
     if urlsplit(url).scheme not in {"http", "https"}:
         raise ValueError(f"url must start with 'http://' or 'https://', got {url!r}")
+    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{8,64}", sha256):
+        raise ValueError(f"sha256 must be 8 to 64 hexadecimal digits, got {sha256!r}")
     path = Path(path)
     if not _is_done(path, sha256, size):
         with locked(path):
             if not _is_done(path, sha256, size):  # by whoever held the lock
                 _download(_Part(path, url), sha256, size, verify_tls, progress)
     return path
+
+
+def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return *cache_dir*, by default the environment variable ``RESPIRO_CACHE``, else the user's cache folder."""
+    return Path(cache_dir or os.environ.get("RESPIRO_CACHE") or platformdirs.user_cache_dir("respiro")).expanduser()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the digest of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` about *path* into a :class:`DownloadError`."""
+    try:
+        yield
+    except DownloadError:
+        raise
+    except OSError as error:
+        raise DownloadError(f"cannot write or read {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep every other process and thread that asks the same off *path*; makes its folder if necessary.
+
+    The lock is the file ``<path>.lock``, which stays: to remove it while others wait for it would let two of them in.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            yield
 
 
 def _is_done(path: Path, sha256: str | None, size: int | None) -> bool:
@@ -238,12 +281,6 @@ def _difference(path: Path, sha256: str | None, size: int | None) -> str | None:
         found_size = path.stat().st_size
         if size is not None and found_size != size:
             return f"{found_size} bytes arrived, the published file has {size}"
-        if sha256 is None:
-            return None
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    if digest.hexdigest() != sha256.lower():
-        return f"sha256 is {digest.hexdigest()}, published is {sha256.lower()}"
+        if sha256 and not (digest := file_sha256(path)).startswith(sha256.lower()):
+            return f"sha256 is {digest}, published is {sha256.lower()}"
     return None

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from respiro.datasets import download
-from respiro.datasets.download import fetch, unpack_zip
+from respiro import download
+from respiro.datasets._unpack import unpack_zip
+from respiro.download import cache_folder, fetch
 from respiro.errors import DownloadError
 
 BODY = bytes(range(256)) * 2000
@@ -212,6 +213,22 @@ def test_another_file_than_published_is_removed(
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("digits", [8, 12, 64])
+def test_the_beginning_of_a_digest_is_enough(site: Site, tmp_path: Path, digits: int) -> None:
+    path = fetch(f"{site.url}/a", tmp_path / "a.zip", sha256=DIGEST[:digits].upper(), progress=False)
+    fetch(f"{site.url}/a", path, sha256=DIGEST[:digits], progress=False)
+    assert len(site.asked) == 1
+    other = ("0" if DIGEST[0] != "0" else "1") + DIGEST[1:digits]
+    with pytest.raises(DownloadError, match=f"sha256 is {DIGEST}, published is {other};"):
+        fetch(f"{site.url}/a", path, sha256=other, progress=False)
+
+
+@pytest.mark.parametrize("sha256", ["", "1234567", "0" * 65, "not-a-digest"], ids=["empty", "short", "long", "letters"])
+def test_what_is_no_digest_is_refused(sha256: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"sha256 must be 8 to 64 hexadecimal digits, got '{sha256}'"):
+        fetch("https://example.org/a", tmp_path / "a.zip", sha256=sha256)
+
+
 def test_two_that_fetch_one_file_at_once_fetch_it_once(site: Site, tmp_path: Path) -> None:
     start = threading.Barrier(4)
 
@@ -296,6 +313,20 @@ def test_a_certificate_that_nobody_signed_is_refused_unless_told(site: Site, tmp
     assert fetch(url, tmp_path / "a.zip", verify_tls=False, progress=False).read_bytes() == BODY
     server.shutdown()
     server.server_close()
+
+
+def test_the_cache_is_where_the_argument_the_variable_or_the_system_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("RESPIRO_CACHE", str(tmp_path / "variable"))
+    assert cache_folder(tmp_path / "argument") == tmp_path / "argument"
+    assert cache_folder("~/mine") == tmp_path / "home" / "mine"
+    assert cache_folder() == tmp_path / "variable"
+    monkeypatch.delenv("RESPIRO_CACHE")
+    assert cache_folder().name == "respiro"
+    assert cache_folder().is_relative_to(tmp_path)
 
 
 def make_zip(path: Path, *members: tuple[str | zipfile.ZipInfo, bytes]) -> Path:

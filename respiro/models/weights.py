@@ -1,0 +1,289 @@
+"""Pretrained weights: a published file by its name, or any file by its path, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from respiro.download import cache_folder, fetch, file_sha256
+from respiro.errors import WeightsError
+
+__all__ = ["Converted", "LoadReport", "Weights", "WeightsFile", "load_weights"]
+
+_AST = "Gong et al., AST: Audio Spectrogram Transformer, Interspeech 2021"
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A published file of pretrained weights.
+
+    Args:
+        url: Where it is published.
+        name: Under which it is kept; ``.safetensors`` or a file of ``torch.save``.
+        sha256: Its digest, or the beginning of it where no more is published.
+        licence: SPDX identifier.
+        paper: To be cited.
+        size: In bytes, where it is published.
+    """
+
+    url: str
+    name: str
+    sha256: str
+    licence: str
+    paper: str
+    size: int | None = None
+
+
+def _deit(name: str) -> WeightsFile:
+    return WeightsFile(
+        f"https://dl.fbaipublicfiles.com/deit/deit_{name}.pth",
+        f"deit_{name}.pth",
+        name[-8:],  # published there alone
+        "Apache-2.0",
+        "Touvron et al., Training data-efficient image transformers & distillation through attention, ICML 2021",
+    )
+
+
+class Weights(Enum):
+    """Published weights for :func:`load_weights`; each value tells address, digest, licence and paper.
+
+    Example:
+        >>> Weights.AST_AUDIOSET.value.licence
+        'BSD-3-Clause'
+    """
+
+    #: AST base384 from ImageNet and AudioSet (0.4593 mAP), as safetensors, which cannot hold code.
+    AST_AUDIOSET = WeightsFile(
+        "https://huggingface.co/MIT/ast-finetuned-audioset-10-10-0.4593/resolve/"
+        "f826b80d28226b62986cc218e5cec390b1096902/model.safetensors",
+        "ast_audioset_10_10_0.4593.safetensors",
+        "ae0c1e2ad4e1381d851fa9bf298ba13ebc9c5a914cdee2dbe427a6583869924d",
+        "BSD-3-Clause",
+        _AST,
+        346_404_948,
+    )
+    #: The same weights as the file of their authors.
+    AST_AUDIOSET_ORIGINAL = WeightsFile(
+        "https://www.dropbox.com/s/cv4knew8mvbrnvq/audioset_0.4593.pth?dl=1",
+        "audioset_10_10_0.4593.pth",
+        "dfc313e5082dc37ece8bd3bd6e7ea8bfee6598179a14eedd15c1727ad0af788f",
+        "BSD-3-Clause",
+        _AST,
+        352_587_836,
+    )
+    #: Distilled DeiT of ImageNet: AST tiny224.
+    DEIT_TINY_224 = _deit("tiny_distilled_patch16_224-b40b3cf7")
+    #: Distilled DeiT of ImageNet: AST small224.
+    DEIT_SMALL_224 = _deit("small_distilled_patch16_224-649709d9")
+    #: Distilled DeiT of ImageNet: AST base224.
+    DEIT_BASE_224 = _deit("base_distilled_patch16_224-df68dfff")
+    #: Distilled DeiT of ImageNet: AST base384.
+    DEIT_BASE_384 = _deit("base_distilled_patch16_384-d0272ac0")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What ``convert_weights`` of a backbone makes of the tensors of a file.
+
+    Args:
+        encoder: Tensors by their names in the backbone; those it does not know keep theirs, and are refused later.
+        head: Names in :class:`respiro.models.LinearHead` of the classifier's tensors, and those in the file.
+        unused: Names in the file of tensors that are known and not needed.
+        looks_like: What the file seems to be, for messages; empty if that cannot be told.
+    """
+
+    encoder: dict[str, Tensor]
+    head: dict[str, str] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    looks_like: str = ""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What :func:`load_weights` did.
+
+    Args:
+        matched: Names in the model of the tensors that were loaded.
+        missing: Names in the model of a classifier that the file does not hold: it keeps its values.
+        unexpected: Names in the file of tensors that the model has no use for, such as the classifier of AudioSet.
+        source: Name of the published weights, or path of the file.
+        sha256: Digest of the file.
+    """
+
+    matched: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    source: str
+    sha256: str
+
+    def __str__(self) -> str:
+        parts = [f"{self.source}: {len(self.matched)} tensors loaded"]
+        parts += [f"not in the file: {_some(self.missing)}"] if self.missing else []
+        parts += [f"not used: {_some(self.unexpected)}"] if self.unexpected else []
+        return "; ".join([*parts, f"sha256 {self.sha256[:16]}"])
+
+
+def load_weights(
+    model: nn.Module,
+    source: Weights | WeightsFile | str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> LoadReport:
+    """Fill a backbone, or the backbone of a method, with pretrained weights: all of it, or nothing.
+
+    A file that also holds a classifier of the method's kind fills the head too; to load the encoder alone, pass
+    ``model.backbone``. What was loaded is noted in ``pretrained`` of the backbone. Only tensors and plain data are read
+    from a file, so it cannot run code.
+
+    Args:
+        model: A backbone that takes published weights (it has ``convert_weights``), or a method with such a backbone.
+        source: Published weights, their name, or the path of a ``.safetensors`` or ``torch.save`` file. Published files
+            are downloaded once.
+        cache_dir: Folder of all caches, where downloads are kept under ``weights``; by default the environment variable
+            ``RESPIRO_CACHE``, else the user's cache folder.
+        progress: Show a progress bar while downloading.
+
+    Returns:
+        The names of the tensors that were loaded, and of those that were not.
+
+    Raises:
+        WeightsError: If the file is not there or cannot be read, if the backbone takes no published weights, or if a
+            tensor is missing, unknown, of another shape or not finite. The model is then as it was.
+        DownloadError: If the file cannot be downloaded, or is not what was published.
+
+    Example:
+        >>> import tempfile
+        >>> from respiro.models import AST
+        >>> ast = AST("tiny224", num_mel_bins=64, frames=98)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(ast.state_dict(), f"{folder}/ast.pth")
+        ...     report = load_weights(ast, f"{folder}/ast.pth")
+        >>> len(report.matched), report.missing, report.unexpected
+        (151, [], [])
+    """
+    backbone: Any = getattr(model, "backbone", model)
+    if not hasattr(backbone, "convert_weights"):
+        raise WeightsError(
+            f"{type(backbone).__name__} takes no published weights: it has no method convert_weights. "
+            f"Load a state dict of its own with load_state_dict instead"
+        )
+    name, path = _locate(source, cache_dir, progress)
+    tensors = _read(path)
+    converted: Converted = backbone.convert_weights(tensors)
+    prefix = "" if backbone is model else "backbone."
+    own = _tensors(backbone, prefix)
+    new = {prefix + key: tensor for key, tensor in converted.encoder.items()}
+    head = _tensors(model.head, "head.") if prefix and hasattr(model, "head") else {}
+    missing, unexpected = list(head), list(converted.unused)
+    if converted.head and head:
+        own, missing = own | head, []
+        new |= {f"head.{key}": tensors[key_in_file] for key, key_in_file in converted.head.items()}
+    else:
+        unexpected += converted.head.values()
+    if refusal := _refusal(own, new, _call(backbone), converted.looks_like):
+        raise WeightsError(f"{name} {refusal}")
+    model.load_state_dict(new, strict=False)  # the other parts of a method come from no file
+    backbone.pretrained = {"source": name, "sha256": file_sha256(path)}
+    return LoadReport(list(new), missing, unexpected, name, backbone.pretrained["sha256"])
+
+
+def _tensors(module: Any, prefix: str) -> dict[str, Tensor]:
+    state = module.state_dict(prefix=prefix)  # foreign modules may keep other things there too
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _locate(
+    source: Weights | WeightsFile | str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None, progress: bool
+) -> tuple[str, Path]:
+    """Return the name of the weights and the path of their file, which is downloaded if necessary."""
+    if isinstance(source, str) and source in Weights.__members__ and not Path(source).is_file():
+        source = Weights[source]
+    if isinstance(source, Weights | WeightsFile):
+        file = source.value if isinstance(source, Weights) else source
+        path = cache_folder(cache_dir) / "weights" / file.name
+        return source.name, fetch(file.url, path, sha256=file.sha256, size=file.size, progress=progress)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        names = ", ".join(Weights.__members__)
+        raise WeightsError(f"no weights: {path} is not a file, nor one of the published {names}")
+    return str(path), path
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Return every tensor of a file; those in nested dictionaries by their joined names."""
+    content: Any
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            # Research code saves its command line beside the weights; a Namespace is plain data.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        raise WeightsError(
+            f"{path} cannot be read as weights: it is damaged or incomplete, or it holds more than tensors and plain "
+            f"data, which could run code and is not read. Fetch it again, or save the state dict alone"
+        ) from error
+    tensors = dict(_named(content, ""))
+    if not tensors:
+        raise WeightsError(f"{path} holds no weights: there are no tensors with a name in it")
+    return tensors
+
+
+def _named(content: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        if isinstance(value, Tensor):
+            yield f"{name}{key}", value
+        else:
+            yield from _named(value, f"{name}{key}.")
+
+
+def _refusal(own: Mapping[str, Tensor], new: Mapping[str, Tensor], model: str, looks_like: str) -> str:
+    """Say why the new tensors cannot take the place of a model's own; nothing if they can."""
+    fits = [name for name in new if name in own and new[name].shape == own[name].shape]
+    kinds = {
+        "missing": [name for name in own if name not in new],
+        "unknown": [name for name in new if name not in own],
+        "of another size": [
+            f"{name} {tuple(new[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in new and new[name].shape != tensor.shape
+        ],
+        "not finite": [name for name in fits if not new[name].isfinite().all()],
+    }
+    if not any(kinds.values()):
+        return ""
+    problems = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names)
+    head = any(name.startswith("head.") for name in own)
+    return (
+        f"matches {len(fits)} of {len(own)} tensors of {model}{' and its head' if head else ''}"
+        f"{f'; it looks like {looks_like}' if looks_like else ''} ({problems}). Nothing was loaded."
+        f"{' To load the encoder alone, pass model.backbone' if head else ''}"
+    )
+
+
+def _call(module: nn.Module) -> str:
+    """Write a component as the call that builds it, without the arguments left at their defaults."""
+    defaults = {name: argument.default for name, argument in inspect.signature(type(module)).parameters.items()}
+    given: dict[str, Any] = getattr(module, "init_args", {})
+    changed = [f"{name}={value!r}" for name, value in given.items() if value != defaults.get(name)]
+    return f"{type(module).__name__}({', '.join(changed)})"
+
+
+def _some(names: Sequence[str]) -> str:
+    """Join the first three names."""
+    first = ", ".join(names[:3])
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
