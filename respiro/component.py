@@ -11,7 +11,7 @@ import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "Component",
     "Loss",
     "Mixed",
+    "TokenBackbone",
     "Transform",
     "build",
     "check_partners",
@@ -102,7 +103,10 @@ class TokenBackbone(Backbone):
 
 
 class Transform(Component):
-    """Feature extraction or augmentation on batches: waveforms ``(B, S)`` or features ``(B, T, F)``."""
+    """Feature extraction, augmentation or mixing on batches: waveforms ``(B, S)``, features ``(B, T, F)`` or tokens."""
+
+    #: What it mixes the samples of, returning :class:`Mixed`; nothing, if it is no mixing transform.
+    mixes: ClassVar[Literal["features", "tokens"] | None] = None
 
 
 class Mixed(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from respiro import __version__
 from respiro.datasets import RespiratoryDataset
@@ -179,8 +181,27 @@ class RespiratoryDataModule(LightningDataModule):
         }
 
     def train_dataloader(self) -> Loader:
-        """Shuffled train side; the last, smaller batch is kept unless ``drop_last`` is set."""
-        return DataLoader(self.train_set, shuffle=True, drop_last=self.drop_last, **self._loading(self.train_set))
+        """Shuffled train side; the last, smaller batch is kept unless ``drop_last`` is set.
+
+        Under a trainer the order depends on the seed and the epoch alone, so that a resumed training goes on as it
+        would have gone on.
+        """
+        trainer, data = self.trainer, self.train_set
+        sampler: DistributedSampler[Any] | None = None
+        if trainer is not None:
+            # Lightning tells it each epoch. Processes must agree on the seed, also where there is none.
+            unset = 0 if trainer.world_size > 1 else torch.initial_seed() % 2**32
+            sampler = DistributedSampler(
+                data, trainer.world_size, trainer.global_rank, seed=int(os.environ.get("PL_GLOBAL_SEED", unset))
+            )
+        shuffle = sampler is None
+        loader = DataLoader(data, sampler=sampler, shuffle=shuffle, drop_last=self.drop_last, **self._loading(data))
+        if len(data) and not len(loader):
+            raise ValueError(
+                f"{len(data)} train cycles make no batch of {self.batch_size}, and a smaller one is dropped; "
+                f"use a smaller batch_size, or drop_last=False"
+            )
+        return loader
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """Validation side in order, or nothing where ``val_fraction`` is 0."""

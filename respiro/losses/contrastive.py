@@ -60,6 +60,8 @@ def patch_mix_contrastive_loss(
     with torch.autocast(clean.device.type, enabled=False):
         anchors = _unit(mixed)
         targets, offset = gather_with_grad(_unit(clean)) if gather else (_unit(clean), 0)
+        if len(targets) < 2:  # here, as a process that stops before it gathers leaves the others waiting
+            raise ValueError(f"contrasting needs at least two samples, got {batch}; give the datamodule drop_last=True")
         own = torch.arange(batch, device=clean.device) + offset
         pairs = torch.stack([own, index + offset], dim=1)
         logits = anchors @ targets.T / temperature
@@ -155,8 +157,4 @@ def _check_embeddings(mixed: Tensor, clean: Tensor) -> None:
         raise ValueError(
             f"mixed and clean must have the same shape, got {tuple(mixed.shape)} and {tuple(clean.shape)}; a projector "
             f"on the mixed ones alone must have as many out_features as the backbone has num_features"
-        )
-    if len(clean) < 2:
-        raise ValueError(
-            f"contrasting needs at least two samples, got {len(clean)}; give the datamodule drop_last=True"
         )

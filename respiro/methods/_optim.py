@@ -71,7 +71,7 @@ def _epoch_cosine(elapsed: float, epochs: int, warmup: float, floor: float) -> f
 
     Its first epoch is already below the peak. Its warm-up rises linearly, step by step, to the cosine's value.
     """
-    warm = round(warmup * epochs)
+    warm = max(1, round(warmup * epochs)) if warmup else 0
     if elapsed < warm:
         return _WARM_FROM + elapsed / warm * (_cosine(warm / epochs, floor) - _WARM_FROM)
     # Steps divide into epochs exactly; the small number keeps a rounded-down quotient in its epoch.

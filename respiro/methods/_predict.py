@@ -30,8 +30,17 @@ BATCH = 32
 
 
 def table(probabilities: Tensor, classes: Sequence[str]) -> pd.DataFrame:
-    """Return one row for each cycle of probabilities ``(N, C)``: ``prediction`` and ``p_<class>``."""
+    """Return one row for each cycle of probabilities ``(N, C)``: ``prediction`` and ``p_<class>``.
+
+    Raises:
+        ValueError: If a probability is not a number.
+    """
     probabilities = probabilities.cpu()
+    if bad := (~probabilities.isfinite()).any(dim=1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"the probabilities of cycle {bad[0]} ({len(bad)} of {len(probabilities)}) are not finite; "
+            f"look for values that are not finite in the waveforms and in the weights"
+        )
     columns = {f"p_{name}": probabilities[:, label].numpy() for label, name in enumerate(classes)}
     names = np.array(classes, dtype=object)[probabilities.argmax(dim=1).numpy()]
     return pd.DataFrame({"prediction": names} | columns)

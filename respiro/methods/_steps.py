@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,12 @@ from torch.utils.data import DataLoader
 
 from respiro.errors import DivergenceError
 
-__all__ = ["check_batches", "check_loss", "seed"]
+__all__ = ["base_seed", "check_batches", "check_loss", "seed"]
+
+
+def base_seed() -> int:
+    """Return the seed of ``seed_everything``, or else torch's, which is another one in every run unless set."""
+    return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
 
 
 def seed(*place: int) -> None:
@@ -37,7 +43,7 @@ def check_batches(trainer: Any, smallest: int) -> None:
         )
 
 
-def check_loss(loss: Tensor, epoch: int, batch: int) -> None:
+def check_loss(loss: Tensor, where: str) -> None:
     """Stop a training that cannot recover.
 
     Raises:
@@ -45,6 +51,6 @@ def check_loss(loss: Tensor, epoch: int, batch: int) -> None:
     """
     if not torch.isfinite(loss):
         raise DivergenceError(
-            f"the training loss is {loss.item()} in epoch {epoch}, batch {batch}; lower lr, look for waveforms that "
-            f"are not finite, or train with precision 32-true or bf16-mixed"
+            f"the training loss is {loss.item()} in {where}; lower lr, look for waveforms that are not finite, or "
+            f"train with precision 32-true or bf16-mixed"
         )

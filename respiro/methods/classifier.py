@@ -22,6 +22,7 @@ from respiro.losses import CrossEntropy, MixedCrossEntropy, cross_entropy
 from respiro.methods import _optim, _steps
 from respiro.methods._checkpoint import RECORD, read_checkpoint
 from respiro.methods._optim import Optimizer, Schedule
+from respiro.methods._parts import check_classes, check_data, check_loss_kind, check_mixing
 from respiro.methods._predict import AUDIO, predict_dataset, predict_file, table
 from respiro.metrics._counts import metrics_for
 from respiro.models import LinearHead
@@ -65,7 +66,8 @@ class SoundClassifier(LightningModule):
         LabelError: If two classes have one name, or the head another number of classes.
         CheckpointError: If an argument of a part is no plain data; when restoring, if a part was not written by
             respiro and was not passed.
-        DivergenceError: While training, if the loss is not finite; looked at every ``log_every_n_steps`` steps.
+        DivergenceError: While training, if the loss is not finite; looked at every ``log_every_n_steps`` steps and at
+            the end of each epoch.
 
     Example:
         >>> from respiro.models import CNN6
@@ -95,7 +97,7 @@ class SoundClassifier(LightningModule):
     ) -> None:
         super().__init__()
         _optim.check(optimizer, lr, weight_decay, schedule, warmup, lr_floor)
-        self.classes = _checked(classes)
+        self.classes = check_classes(classes)
         self.backbone = build(backbone, Backbone, "backbone")
         self.features = build(self._default_features() if features is None else features, Transform, "features")
         self.waveform_augment = _optional(waveform_augment, "waveform_augment")
@@ -106,6 +108,7 @@ class SoundClassifier(LightningModule):
         if outputs != len(self.classes):
             raise LabelError(f"the head gives {outputs} logits for {len(self.classes)} classes; build it for as many")
         self.loss = build(self._default_loss() if loss is None else loss, Loss, "loss")
+        self._check_parts()
         self.scoring = scoring
         self.optimizer = optimizer
         self.lr = float(lr)  # numpy's would end up in the optimiser's state and keep the checkpoint from loading
@@ -153,6 +156,12 @@ class SoundClassifier(LightningModule):
     def _default_loss(self) -> Loss:
         return CrossEntropy("balanced") if self.mix is None else MixedCrossEntropy("balanced")
 
+    def _check_parts(self) -> None:
+        """Refuse parts of ours that cannot work together; those of others show it in the first step."""
+        if self.mix is not None:
+            check_mixing("mix", self.mix, "features", "Mixup or CutMix")
+        check_loss_kind(self.loss, mixed=self.mix is not None)
+
     @property
     def smallest_batch(self) -> int:
         """Samples that a training step needs."""
@@ -171,7 +180,7 @@ class SoundClassifier(LightningModule):
     def setup(self, stage: str) -> None:
         """Check that the data fit, and learn the protocol and the class counts from the datamodule."""
         data = getattr(self.trainer, "datamodule", None)
-        self._check_data(data)
+        check_data(self, data)
         if stage == "fit" and data is not None:
             seed = os.environ.get("PL_GLOBAL_SEED")
             record = {
@@ -183,21 +192,6 @@ class SoundClassifier(LightningModule):
             if isinstance(self.loss, Loss) and hasattr(data, "class_counts"):
                 self.loss.use_class_counts(data.class_counts)
 
-    def _check_data(self, data: Any) -> None:
-        classes, scoring = getattr(data, "classes", self.classes), getattr(data, "scoring", self.scoring)
-        if (tuple(classes), scoring) != (self.classes, self.scoring):
-            raise LabelError(
-                f"the data set has classes {list(classes)} and scoring {scoring!r}, the model {list(self.classes)} and "
-                f"{self.scoring!r}; build the model with {type(self).__name__}(..., classes=datamodule.classes, "
-                f"scoring=datamodule.scoring)"
-            )
-        own = getattr(self.features, "sample_rate", None)
-        rate = getattr(data, "protocol", {}).get("audio", {}).get("sample_rate", own)
-        if own is not None and rate != own:
-            raise ValueError(
-                f"the data set has {rate} Hz, the features expect {own} Hz; give both the same sample_rate"
-            )
-
     def on_fit_start(self) -> None:
         """Compile the backbone if asked to."""
         if self.hparams["compile"]:
@@ -205,7 +199,7 @@ class SoundClassifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Keep the seed, and check that no batch is too small for the method."""
-        self._seed = torch.initial_seed()
+        self._seed = _steps.base_seed()
         _steps.check_batches(self.trainer, self.smallest_batch)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -236,7 +230,12 @@ class SoundClassifier(LightningModule):
         """Stop at a loss that is not finite; not looked at in every step, as the look makes a GPU wait."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it from elsewhere
         if batch_idx % max(1, every) == 0:
-            _steps.check_loss(outputs["loss"], self.current_epoch, batch_idx)
+            _steps.check_loss(outputs["loss"], f"epoch {self.current_epoch}, batch {batch_idx}")
+
+    def on_train_epoch_end(self) -> None:
+        """Look at the mean loss too, which no batch that went wrong leaves finite."""
+        if "train_loss" in self.trainer.callback_metrics:
+            _steps.check_loss(self.trainer.callback_metrics["train_loss"], f"epoch {self.current_epoch}")
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Log ``val_loss`` (cross-entropy without class weights), ``val_score`` and its rates."""
@@ -332,13 +331,6 @@ class SoundClassifier(LightningModule):
         """
         read_checkpoint(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
-
-def _checked(classes: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(str(name) for name in classes)
-    if len(set(names)) != len(names) or len(names) < 2:
-        raise LabelError(f"classes must be at least two different names, got {list(names)}")
-    return names
 
 
 def _optional(part: Transform | None, argument: str) -> nn.Module:

@@ -12,6 +12,7 @@ from respiro.component import Component, Loss, TokenBackbone, Transform, build, 
 from respiro.errors import check_choice
 from respiro.losses import CrossEntropy, MixedCrossEntropy, PatchMixContrastiveLoss
 from respiro.methods._optim import Optimizer, Schedule
+from respiro.methods._parts import check_loss_kind, check_mixing
 from respiro.methods.classifier import SoundClassifier
 from respiro.models import LinearHead, Projector
 from respiro.transforms import KaldiFbank, PatchMix
@@ -45,6 +46,7 @@ class _PatchMixMethod(SoundClassifier):
                 f"backbone with embed_patches, grid and forward_tokens, such as respiro.models.AST"
             )
         self.patch_mix = build(PatchMix() if patch_mix is None else patch_mix, Transform, "patch_mix")
+        check_mixing("patch_mix", self.patch_mix, "tokens", "PatchMix")
         self.save_hyperparameters({"patch_mix": describe(self.patch_mix)})
 
 
@@ -115,6 +117,9 @@ class PatchMixCE(_PatchMixMethod):
 
     def _default_loss(self) -> Loss:
         return MixedCrossEntropy()
+
+    def _check_parts(self) -> None:
+        check_loss_kind(self.loss, mixed=True)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
@@ -204,6 +209,10 @@ class PatchMixCL(_PatchMixMethod):
         size = self.backbone.num_features
         self.contrastive = build(PatchMixContrastiveLoss() if contrastive is None else contrastive, Loss, "contrastive")
         self.projector = build(Projector(size) if projector is None else projector, Component, "projector")
+        if not 0 <= contrastive_weight < float("inf"):
+            raise ValueError(f"contrastive_weight must be finite and not negative, got {contrastive_weight!r}")
+        if getattr(self.projector, "in_features", size) != size:
+            raise ValueError(f"the projector takes {self.projector.in_features} features, the backbone gives {size}")
         if target.startswith("grad") and getattr(self.projector, "num_features", size) != size:
             raise ValueError(
                 f"target {target!r} compares projections with embeddings, so both need one size, got "

@@ -71,9 +71,9 @@ class AST(TokenBackbone):
         super().__init__()
         check_choice("size", size, get_args(Size))
         check_choice("pos_embed_mode", pos_embed_mode, get_args(PosEmbedMode))
-        steps = (stride, stride) if isinstance(stride, int) else tuple(stride)
-        if len(steps) != 2 or min(steps) < 1:
-            raise ValueError(f"stride must be one or two numbers of at least 1, got {stride!r}")
+        steps = tuple(stride) if isinstance(stride, Sequence) else (stride, stride)
+        if len(steps) != 2 or not all(isinstance(step, int) and step >= 1 for step in steps):
+            raise ValueError(f"stride must be one or two whole numbers of at least 1, got {stride!r}")
         if min(num_mel_bins, frames) < _PATCH:
             raise ValueError(
                 f"a spectrogram of {num_mel_bins} mel bins and {frames} frames is smaller than one patch of "

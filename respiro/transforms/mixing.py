@@ -98,6 +98,8 @@ class PatchMix(Transform):
         (torch.Size([8, 948, 768]), torch.Size([8]), torch.Size([8]))
     """
 
+    mixes = "tokens"
+
     def __init__(self, mode: Mode = "patch", beta: float = 1.0, per_sample: bool = False) -> None:
         super().__init__()
         check_choice("mode", mode, get_args(Mode))
@@ -158,6 +160,8 @@ class Mixup(Transform):
         True
     """
 
+    mixes = "features"
+
     def __init__(self, beta: float = 1.0, per_sample: bool = False) -> None:
         super().__init__()
         _check_beta(beta)
@@ -199,6 +203,8 @@ class CutMix(Transform):
         >>> mixed.x.shape, mixed.index.shape, mixed.lam.shape
         (torch.Size([4, 798, 128]), torch.Size([4]), torch.Size([]))
     """
+
+    mixes = "features"
 
     def __init__(self, beta: float = 1.0, per_sample: bool = False) -> None:
         super().__init__()
@@ -242,7 +248,7 @@ def _draw_mask(mode: Mode, share: Tensor, grid: tuple[int, int], generator: torc
 
 def _some(size: int, share: Tensor, generator: torch.Generator | None) -> Tensor:
     """Mark ``int(size * share)`` random places of *size* in each row ``(M, size)``."""
-    permutations = torch.rand(len(share), size, generator=generator).argsort(1)
+    permutations = torch.rand(len(share), size, generator=generator, dtype=torch.float32).argsort(1)
     return permutations < (size * share).long()[:, None]
 
 

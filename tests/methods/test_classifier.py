@@ -87,8 +87,7 @@ def test_a_foreign_module_trains_and_is_asked_for_by_name(icbhi_root: Path, tmp_
 def test_resuming_continues(icbhi_root: Path, tmp_path: Path) -> None:
     """Two epochs in one go, and one epoch, a checkpoint, and one more, end in the same weights."""
     data = ICBHIDataModule(icbhi_root, batch_size=8, duration=1.0, val_fraction=0.3)
-    # overfit_batches takes the same batches in the same order, so that the two runs can be compared to the last bit
-    options = {"max_epochs": 2, "overfit_batches": 2, "default_root_dir": tmp_path, **SILENT}
+    options = {"max_epochs": 2, "limit_train_batches": 2, "default_root_dir": tmp_path, **SILENT}
     every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     seed_everything(0, verbose=False)
     whole = SoundClassifier(CNN6())

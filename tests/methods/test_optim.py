@@ -48,6 +48,10 @@ def test_the_released_moving_average_is_a_smaller_learning_rate(golden: Path) ->
             np.testing.assert_allclose(value, g[f"ma_final.{key}"], rtol=0, atol=1e-3 if loose else 1e-5, err_msg=key)
 
 
+def test_a_short_warm_up_is_an_epoch_at_least() -> None:
+    assert factor(0, 8, "epoch-cosine", warmup=0.1, epochs=4) == pytest.approx(0.1)
+
+
 def fit(root: Path, folder: Path, **options: Any) -> list[float]:
     """Train, and return the learning rate of each step."""
     found: list[float] = []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 
 from respiro.datamodules import ICBHIDataModule
@@ -18,7 +18,7 @@ from respiro.losses import CrossEntropy, MixedCrossEntropy, PatchMixContrastiveL
 from respiro.methods import PatchMixCE, PatchMixCL, SoundClassifier
 from respiro.methods._checkpoint import restore
 from respiro.models import AST, CNN6, LinearHead, Projector
-from respiro.transforms import CutMix, KaldiFbank, Mixup, PatchMix, SpecAugment
+from respiro.transforms import CutMix, KaldiFbank, Mixup, PatchMix, SpecAugment, WaveformAugment
 
 SILENT: dict[str, Any] = {
     "logger": False,
@@ -166,13 +166,12 @@ def test_every_method_keeps_what_it_was_built_with() -> None:
 
 def test_resuming_draws_what_an_uninterrupted_training_draws(icbhi_root: Path, tmp_path: Path) -> None:
     data = ICBHIDataModule(icbhi_root, batch_size=4, duration=1.0)
-    options: dict[str, Any] = {"max_epochs": 2, "overfit_batches": 2, "default_root_dir": tmp_path, **SILENT}
+    options: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": 2, "default_root_dir": tmp_path, **SILENT}
     seed_everything(0, verbose=False)
     whole = methods()["patchmix-ce"]
     whole.backbone.pretrained = {"source": "AST_AUDIOSET", "sha256": "dfc3"}  # as load_weights notes
     every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     Trainer(**options, callbacks=[every]).fit(whole, datamodule=data)
-    seed_everything(0, verbose=False)
     resumed = methods()["patchmix-ce"]
     Trainer(**options).fit(resumed, datamodule=data, ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
     for (name, expected), value in zip(whole.named_parameters(), resumed.parameters(), strict=True):
@@ -181,12 +180,83 @@ def test_resuming_draws_what_an_uninterrupted_training_draws(icbhi_root: Path, t
     assert len(resumed.history) == 1
 
 
+def test_a_real_moving_average_is_what_the_checkpoint_holds(icbhi_root: Path, tmp_path: Path) -> None:
+    """Lightning's callback averages a copy; the released code averages the live weights."""
+    seen: list[dict[str, Tensor]] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            seen.append({name: value.detach().clone() for name, value in pl_module.named_parameters()})
+
+    seed_everything(0, verbose=False)
+    data = ICBHIDataModule(icbhi_root, batch_size=4, duration=1.0, val_fraction=0.0)
+    callbacks = [EMAWeightAveraging(decay=0.5), Watch()]
+    trainer = Trainer(max_epochs=1, limit_train_batches=3, callbacks=callbacks, default_root_dir=tmp_path, **SILENT)
+    model = methods()["patchmix-ce"]
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "average.ckpt")
+    again = PatchMixCE.load_from_checkpoint(tmp_path / "average.ckpt", weights_only=True)
+    for name, value in again.named_parameters():
+        average = seen[0][name]  # the first average is a copy
+        for weights in seen[1:]:
+            average = 0.5 * average + 0.5 * weights[name]
+        torch.testing.assert_close(value, average, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_a_training_that_diverges_stops(icbhi_root: Path, tmp_path: Path) -> None:
     model = SoundClassifier(CNN6())
     torch.nn.init.constant_(model.head.linear.bias, float("nan"))  # type: ignore[union-attr, arg-type]
+    data = ICBHIDataModule(icbhi_root, batch_size=4, duration=0.5, val_fraction=0.0)
     trainer = Trainer(max_epochs=1, limit_train_batches=2, default_root_dir=tmp_path, **SILENT)
     with pytest.raises(DivergenceError, match="the training loss is nan in epoch 0, batch 0; lower lr"):
-        trainer.fit(model, datamodule=ICBHIDataModule(icbhi_root, batch_size=4, duration=0.5, val_fraction=0.0))
+        trainer.fit(model, datamodule=data)
+
+
+class _OneBadBatch(SoundClassifier):
+    def training_features(self, batch: Any) -> Tensor:
+        bad = float("nan") if self.trainer.fit_loop.batch_idx == 1 else 0.0
+        return super().training_features(batch) + bad
+
+
+def test_one_bad_batch_is_not_passed_over(icbhi_root: Path, tmp_path: Path) -> None:
+    data = ICBHIDataModule(icbhi_root, batch_size=4, duration=0.5, val_fraction=0.0)
+    trainer = Trainer(max_epochs=2, limit_train_batches=3, default_root_dir=tmp_path, **SILENT)
+    with pytest.raises(DivergenceError, match="the training loss is nan in epoch 0; lower lr"):
+        trainer.fit(_OneBadBatch(CNN6()), datamodule=data)
+
+
+def test_a_prediction_is_a_number() -> None:
+    waveform = torch.zeros(3, 16000)
+    waveform[1, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"probabilities of cycle 1 \(1 of 3\) are not finite; look for values"):
+        SoundClassifier(CNN6()).predict(waveform)
+
+
+def test_augmentation_acts_in_training_alone() -> None:
+    augment = WaveformAugment(gain=(-20.0, -10.0), p=1.0)
+    model = PatchMixCE(tiny(), features=KaldiFbank(num_mel_bins=32), waveform_augment=augment)
+    plain = model.features(batch()["waveform"])
+    assert (model.train().training_features(batch()) < plain).all()
+    torch.testing.assert_close(model.eval().training_features(batch()), plain, rtol=0, atol=0)
+
+
+def test_a_compiled_backbone_trains(icbhi_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it computes the same is tested with the AST; compiling takes long."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    model = PatchMixCE(tiny(), features=KaldiFbank(num_mel_bins=32), compile=True)
+    calls: list[str] = []
+    monkeypatch.setattr(model.backbone, "compile", lambda: calls.append("compiled"))
+    data = ICBHIDataModule(icbhi_root, batch_size=4, duration=1.0, val_fraction=0.0)
+    trainer = Trainer(max_epochs=1, limit_train_batches=1, default_root_dir=tmp_path, **SILENT)
+    trainer.fit(model, datamodule=data)
+    assert calls == ["compiled"]
+
+
+def test_a_train_side_smaller_than_a_batch(icbhi_root: Path, tmp_path: Path) -> None:
+    data = ICBHIDataModule(icbhi_root, batch_size=1000, duration=0.5, val_fraction=0.0, drop_last=True)
+    trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, **SILENT)
+    with pytest.raises(ValueError, match=r"\d+ train cycles make no batch of 1000, and a smaller one is dropped"):
+        trainer.fit(SoundClassifier(CNN6()), datamodule=data)
 
 
 def test_a_batch_of_one_is_found_before_training(icbhi_root: Path, tmp_path: Path) -> None:
@@ -217,8 +287,28 @@ def test_a_batch_of_one_is_found_before_training(icbhi_root: Path, tmp_path: Pat
             "target 'grad_block' compares projections with embeddings.*got 64 and 192.*out_features=192",
         ),
         (lambda: PatchMixCL(tiny(), lr_floor=2.0), ValueError, r"lr_floor must be in \[0, 1\], got 2.0"),
+        (
+            lambda: PatchMixCL(tiny(), projector=Projector(768)),
+            ValueError,
+            "takes 768 features, the backbone gives 192",
+        ),
+        (lambda: PatchMixCL(tiny(), contrastive_weight=-1.0), ValueError, "contrastive_weight must be finite and not"),
+        (
+            lambda: PatchMixCL(tiny(), loss=MixedCrossEntropy()),
+            TypeError,
+            "samples that are not mixed; use CrossEntropy",
+        ),
+        (lambda: PatchMixCE(tiny(), loss=CrossEntropy()), TypeError, "have two labels; use MixedCrossEntropy"),
+        (
+            lambda: PatchMixCE(tiny(), patch_mix=Mixup()),
+            TypeError,
+            "patch_mix must mix tokens, as PatchMix does, got Mixup",
+        ),
+        (lambda: SoundClassifier(CNN6(), mix=PatchMix()), TypeError, "mix must mix features, as Mixup or CutMix does"),
+        (lambda: SoundClassifier(CNN6(), mix=SpecAugment()), TypeError, "mix must mix features.*got SpecAugment"),
+        (lambda: SoundClassifier(CNN6(), mix=Mixup(), loss=CrossEntropy()), TypeError, "two labels; use MixedCross"),
+        (lambda: SoundClassifier(CNN6(), loss=MixedCrossEntropy()), TypeError, "not mixed; use CrossEntropy"),
     ],
-    ids=["cl-without-tokens", "ce-without-tokens", "target", "sizes", "floor"],
 )
 def test_what_does_not_fit_is_refused(build: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -130,12 +130,13 @@ def test_compiled_gives_the_same() -> None:
     [
         ({"size": "base"}, "size must be one of 'tiny224', 'small224', 'base224', 'base384', got 'base'"),
         ({"pos_embed_mode": "swapped"}, "pos_embed_mode must be one of 'correct', 'reference'"),
-        ({"stride": 0}, "stride must be one or two numbers of at least 1, got 0"),
+        ({"stride": 0}, "stride must be one or two whole numbers of at least 1, got 0"),
         ({"stride": [1, 2, 3]}, r"got \[1, 2, 3\]"),
+        ({"stride": 10.0}, "whole numbers of at least 1, got 10.0"),
         ({"frames": 15}, "128 mel bins and 15 frames is smaller than one patch of 16 by 16"),
         ({"num_mel_bins": 8}, "8 mel bins and 798 frames is smaller than one patch"),
     ],
-    ids=["size", "mode", "stride", "strides", "frames", "bins"],
+    ids=["size", "mode", "stride", "strides", "half-stride", "frames", "bins"],
 )
 def test_what_has_no_meaning_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
