@@ -21,14 +21,14 @@ data = ICBHIDataModule(root, batch_size=16, duration=3.0, drop_last=True)
 
 model = PatchMixCL(
     AST("tiny224", num_mel_bins=64, frames=298, stride=16),  # random weights; load_weights fills them from AudioSet
-    features=KaldiFbank(num_mel_bins=64, f_max=2000.0),
+    features=KaldiFbank(num_mel_bins=64, f_max=2000.0),  # with AST(), KaldiFbank() is the default
     augment=SpecAugment(freq_width=16, time_width=60),
     patch_mix=PatchMix("patch", beta=1.0),  # or "time", "freq", "block"
     optimizer="adamw",
     lr=5e-4,
 )
 trainer = Trainer(max_epochs=2, logger=False, default_root_dir="runs")
-trainer.fit(model, datamodule=data)  # logs train_ce and train_cl
+trainer.fit(model, datamodule=data)
 print(evaluate(model, data))
 
 # What the transformer sees: PatchMix on 16 by 16 pixels instead of their embeddings.

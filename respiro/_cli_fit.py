@@ -13,6 +13,7 @@ import respiro.losses
 import respiro.transforms  # noqa: F401  (the classes of both may then be named shortly)
 from respiro.datamodules.base import RespiratoryDataModule
 from respiro.methods import SoundClassifier
+from respiro.methods._checkpoint import read_checkpoint
 from respiro.models.weights import Weights, load_weights
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -54,7 +55,7 @@ def with_recipes(argv: list[str]) -> list[str]:
 
 def _config(value: str) -> str:
     names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    if Path(value).exists() or ":" in value:  # a config can also be given as text
+    if ":" in value or Path(value).is_file():  # a config can also be given as text
         return value
     if value not in names:
         raise ValueError(f"config {value!r} is neither a file nor a recipe; recipes: {', '.join(names)}")
@@ -71,6 +72,10 @@ class FitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the checkpoint, the weights and the defaults."""
+        for action in parser._actions:
+            # float before int would read limit_train_batches 1, one batch, as 1.0, all of them.
+            if getattr(action, "_typehint", None) == float | int | None:
+                action._typehint = int | float | None  # type: ignore[attr-defined]
         parser.add_argument(
             "--weights",
             type=str | None,
@@ -94,8 +99,10 @@ class FitCLI(LightningCLI):
         if not self.datamodule.val_fraction and self.datamodule.select_on == "val":
             checkpoint: Any = self.trainer.checkpoint_callback
             checkpoint.monitor = None
+        resumed = self._get(self.config, "ckpt_path")
+        if resumed and resumed not in ("best", "last", "hpc"):
+            read_checkpoint(resumed)  # says what is wrong with a file that is not ours
         if weights := self._get(self.config, "weights"):
-            resumed = self._get(self.config, "ckpt_path")
             skipped = f"weights {weights} not loaded: the training goes on from {resumed}"
             message = skipped if resumed else load_weights(self.model.backbone, weights)
             if self.trainer.is_global_zero:

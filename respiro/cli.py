@@ -167,6 +167,8 @@ def _build_part(name: str, path: str) -> Any:
 def _device(name: str) -> str:
     import torch
 
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} is not there: torch finds no GPU; use --device cpu")
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -76,7 +76,11 @@ def fetch(
     if not _is_done(path, sha256, size):
         with locked(path):
             if not _is_done(path, sha256, size):  # by whoever held the lock
-                _download(_Part(path, url), sha256, size, verify_tls, progress)
+                there = f" {path} is there, but {_difference(path, sha256, size)}." if path.is_file() else ""
+                try:
+                    _download(_Part(path, url), sha256, size, verify_tls, progress)
+                except DownloadError as error:
+                    raise DownloadError(f"{error}{there}") from error
     return path
 
 
@@ -102,7 +106,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     except DownloadError:
         raise
     except OSError as error:
-        raise DownloadError(f"cannot write or read {path}: {error.strerror or error}") from error
+        raise DownloadError(
+            f"cannot write or read {path}: {error.strerror or error}; name a folder that can be written"
+        ) from error
 
 
 @contextmanager

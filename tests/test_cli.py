@@ -188,6 +188,35 @@ def test_fit_takes_a_recipe_by_its_name(
     assert yaml.safe_load(capsys.readouterr().out)["weights"] == "mine"
 
 
+def test_a_whole_number_of_batches_is_a_number_of_batches(icbhi_root: Path, tmp_path: Path) -> None:
+    data = f"--data ICBHIDataModule --data.root {icbhi_root} --data.duration 1 --data.batch_size 8"
+    limits = "--trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.limit_val_batches 0.5"
+    run("fit", *data.split(), *limits.split(), "--trainer.default_root_dir", tmp_path, *QUIET.split())
+    config = yaml.safe_load(next(tmp_path.rglob("config.yaml")).read_text())["trainer"]
+    assert (config["limit_train_batches"], config["limit_val_batches"]) == (1, 0.5)
+    assert read_checkpoint(next(tmp_path.rglob("last.ckpt")))["global_step"] == 1
+
+
+def test_fit_does_not_go_on_from_what_is_no_checkpoint(
+    icbhi_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", "--data", "ICBHIDataModule", "--data.root", icbhi_root, "--ckpt_path", tmp_path / "other.ckpt")
+    assert stopped.value.code == 2
+    assert "was not written by a respiro method" in capsys.readouterr().err
+
+
+def test_a_recipe_takes_a_fast_look(icbhi_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning sets max_steps itself then, which a schedule by epochs must bear."""
+    monkeypatch.chdir(tmp_path)
+    model = "--model.init_args.backbone.init_args.size tiny224 --model.init_args.backbone.init_args.frames 98"
+    more = "--model.init_args.augment.init_args.time_width 60 --data.duration 1 --data.num_workers 0 --weights null"
+    look = "--trainer.fast_dev_run true --trainer.precision 32-true"
+    data = ["--data.root", icbhi_root]
+    run("fit", "--config", "bae2023_patchmix_ce", *data, *model.split(), *more.split(), *look.split(), *QUIET.split())
+
+
 def test_fit_on_sprsound(sprsound_root: Path, tmp_path: Path) -> None:
     data = (
         f"--data SPRSoundDataModule --data.root {sprsound_root} --data.task 2-1 --data.duration 1 --data.partial true"
@@ -276,3 +305,10 @@ def test_errors_are_one_clear_message(args: tuple[str, ...], message: str, capsy
     text = capsys.readouterr().err
     assert message in text
     assert "Traceback" not in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("test", checkpoint, "--device", "cuda")
+    assert "device 'cuda' is not there: torch finds no GPU; use --device cpu" in capsys.readouterr().err

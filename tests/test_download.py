@@ -287,6 +287,16 @@ def test_other_schemes_are_refused(url: str, tmp_path: Path) -> None:
         fetch(url, tmp_path / "a.zip")
 
 
+def test_a_file_that_differs_and_cannot_be_fetched_is_named(site: Site, tmp_path: Path) -> None:
+    """Put there by hand, say, on a computer without a network."""
+    path = tmp_path / "a.zip"
+    path.write_bytes(b"another")
+    site.status += [404]
+    with pytest.raises(DownloadError, match=r"answers 404.*a\.zip is there, but sha256 is [0-9a-f]{64}, published is"):
+        fetch(f"{site.url}/a", path, sha256=DIGEST, progress=False)
+    assert path.read_bytes() == b"another"
+
+
 def test_a_disk_error_is_named(site: Site, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DownloadError, match="cannot write or read"):

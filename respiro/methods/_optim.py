@@ -30,7 +30,9 @@ def configure(model: SoundClassifier) -> OptimizerLRScheduler:
     steps = trainer.estimated_stepping_batches
     if steps == float("inf") and (model.schedule != "constant" or model.warmup):
         raise ValueError("the schedule needs to know where training ends; give Trainer max_epochs or max_steps")
-    if model.schedule == "epoch-cosine" and (trainer.max_epochs in (None, -1) or trainer.max_steps != -1):
+    endless = trainer.max_epochs in (None, -1)
+    limited = trainer.max_steps != -1 and not trainer.fast_dev_run  # type: ignore[attr-defined]  # sets max_steps itself
+    if model.schedule == "epoch-cosine" and (endless or limited):
         raise ValueError("schedule 'epoch-cosine' counts epochs; give Trainer max_epochs, and no max_steps")
     epochs = trainer.max_epochs or 1
     scheduler = LambdaLR(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from respiro.losses import CrossEntropy, MixedCrossEntropy
 if TYPE_CHECKING:
     from respiro.methods.classifier import SoundClassifier
 
-__all__ = ["check_classes", "check_data", "check_loss_kind", "check_mixing"]
+__all__ = ["check_classes", "check_data", "check_mixing", "check_parts"]
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
@@ -34,19 +34,46 @@ def check_data(model: SoundClassifier, data: Any) -> None:
             f"{model.scoring!r}; build the model with {type(model).__name__}(..., classes=datamodule.classes, "
             f"scoring=datamodule.scoring)"
         )
-    own = getattr(model.features, "sample_rate", None)
-    rate = getattr(data, "protocol", {}).get("audio", {}).get("sample_rate", own)
-    if own is not None and rate != own:
-        raise ValueError(f"the data set has {rate} Hz, the features expect {own} Hz; give both the same sample_rate")
+    for name in ("features", "waveform_augment"):
+        own = getattr(getattr(model, name), "sample_rate", None)
+        rate = getattr(data, "protocol", {}).get("audio", {}).get("sample_rate", own)
+        if own is not None and rate != own:
+            raise ValueError(f"the data set has {rate} Hz, the {name} expect {own} Hz; give both the same sample_rate")
 
 
-def check_mixing(argument: str, part: nn.Module, kind: str, examples: str) -> None:
-    """Raise a ``TypeError`` if a transform of ours does not mix *kind*, ``"features"`` or ``"tokens"``."""
+def check_parts(model: SoundClassifier) -> None:
+    """Raise an error for parts of ours that cannot work together; those of others show it in the first step."""
+    _check_head(model.head, model.backbone, len(model.classes))
+    check_mixing("waveform_augment", model.waveform_augment, None)
+    check_mixing("augment", model.augment, None)
+    if model.mix is not None:
+        check_mixing("mix", model.mix, "features")
+    _check_loss(model.loss, model.two_labels)
+
+
+def _check_head(head: nn.Module, backbone: nn.Module, classes: int) -> None:
+    """Raise an error if the head does not lie between the backbone and the classes; where it does not say, pass it."""
+    outputs = getattr(head, "num_classes", classes)
+    if outputs != classes:
+        raise LabelError(f"the head gives {outputs} logits for {classes} classes; build it for as many")
+    given = getattr(backbone, "num_features", None)
+    taken = getattr(head, "in_features", given)
+    if given not in (None, taken):
+        raise ValueError(f"the head takes {taken} features, the backbone gives {given}; build it for as many")
+
+
+def check_mixing(argument: str, part: nn.Module, kind: Literal["features", "tokens"] | None) -> None:
+    """Raise a ``TypeError`` if a transform of ours does not mix *kind*, or mixes where nothing is to be mixed."""
     if isinstance(part, Transform) and part.mixes != kind:
-        raise TypeError(f"{argument} must mix {kind}, as {examples} does, got {type(part).__name__}")
+        rule = {
+            "features": "must mix features, as Mixup or CutMix does",
+            "tokens": "must mix tokens, as PatchMix does",
+            None: "cannot mix samples; give it as mix",
+        }[kind]
+        raise TypeError(f"{argument} {rule}, got {type(part).__name__}")
 
 
-def check_loss_kind(loss: nn.Module, mixed: bool) -> None:
+def _check_loss(loss: nn.Module, mixed: bool) -> None:
     """Raise a ``TypeError`` if a cross-entropy of ours takes one label where samples have two, or the reverse."""
     wanted, other = (MixedCrossEntropy, CrossEntropy) if mixed else (CrossEntropy, MixedCrossEntropy)
     if isinstance(loss, other):

@@ -39,7 +39,8 @@ def check_batches(trainer: Any, smallest: int) -> None:
     if last < smallest:
         raise ValueError(
             f"{samples} train samples in batches of {loader.batch_size} leave a batch of {last}, but the method needs "
-            f"at least {smallest}; give the datamodule drop_last=True or another batch_size"
+            f"at least {smallest}; give the datamodule {'drop_last=True or ' * (loader.batch_size >= smallest)}"
+            f"another batch_size"
         )
 
 

@@ -16,17 +16,26 @@ from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import Self
 
 from respiro import __version__
-from respiro.component import Backbone, Component, Loss, Transform, build, class_path, describe, eval_mode
-from respiro.errors import LabelError
+from respiro.component import (
+    Backbone,
+    Component,
+    Loss,
+    TokenBackbone,
+    Transform,
+    build,
+    class_path,
+    describe,
+    eval_mode,
+)
 from respiro.losses import CrossEntropy, MixedCrossEntropy, cross_entropy
 from respiro.methods import _optim, _steps
 from respiro.methods._checkpoint import RECORD, read_checkpoint
 from respiro.methods._optim import Optimizer, Schedule
-from respiro.methods._parts import check_classes, check_data, check_loss_kind, check_mixing
+from respiro.methods._parts import check_classes, check_data, check_parts
 from respiro.methods._predict import AUDIO, predict_dataset, predict_file, table
 from respiro.metrics._counts import metrics_for
 from respiro.models import LinearHead
-from respiro.transforms import LogMelSpectrogram
+from respiro.transforms import KaldiFbank, LogMelSpectrogram
 
 __all__ = ["SoundClassifier"]
 
@@ -40,12 +49,13 @@ class SoundClassifier(LightningModule):
     Args:
         backbone: Encoder of features ``(B, T, F)`` to embeddings ``(B, D)``.
         classes: Class names in the order of their labels; give ``datamodule.classes`` for anything but ICBHI's four.
-        features: Front end on waveforms ``(B, S)``; default :class:`respiro.transforms.LogMelSpectrogram`.
+        features: Front end on waveforms ``(B, S)``; default :class:`respiro.transforms.KaldiFbank` for
+            :class:`respiro.models.AST`, :class:`respiro.transforms.LogMelSpectrogram` for all others.
         waveform_augment: Augmentation of waveforms, while training only; default none.
         augment: Augmentation of features, while training only; default none.
         mix: Mixing of augmented features, while training only: :class:`respiro.transforms.Mixup` or
             :class:`respiro.transforms.CutMix`; default none.
-        head: Embeddings to logits ``(B, C)``; default :class:`respiro.models.LinearHead`.
+        head: Embeddings to logits ``(B, C)``; default :class:`respiro.models.LinearHead`, for AST with layer norm.
         loss: Default :class:`respiro.losses.CrossEntropy` with weights balanced by the train counts; with *mix*,
             :class:`respiro.losses.MixedCrossEntropy` with the same weights.
         scoring: ``"icbhi"`` or ``"sprsound"``: which score is logged as ``val_score`` and ``test_score``.
@@ -104,11 +114,8 @@ class SoundClassifier(LightningModule):
         self.augment = _optional(augment, "augment")
         self.mix = None if mix is None else build(mix, Transform, "mix")
         self.head = build(self._default_head() if head is None else head, Component, "head")
-        outputs = getattr(self.head, "init_args", {}).get("num_classes", len(self.classes))
-        if outputs != len(self.classes):
-            raise LabelError(f"the head gives {outputs} logits for {len(self.classes)} classes; build it for as many")
         self.loss = build(self._default_loss() if loss is None else loss, Loss, "loss")
-        self._check_parts()
+        check_parts(self)
         self.scoring = scoring
         self.optimizer = optimizer
         self.lr = float(lr)  # numpy's would end up in the optimiser's state and keep the checkpoint from loading
@@ -148,19 +155,22 @@ class SoundClassifier(LightningModule):
         if not hasattr(self.backbone, "num_features"):
             name = type(self.backbone).__name__
             raise TypeError(f"{name} has no num_features to build a head for; give it that attribute, or pass head=...")
-        return LinearHead(self.backbone.num_features, len(self.classes))
+        return LinearHead(
+            self.backbone.num_features, len(self.classes), layer_norm=isinstance(self.backbone, TokenBackbone)
+        )
 
     def _default_features(self) -> Transform:
+        if isinstance(self.backbone, TokenBackbone):
+            return KaldiFbank(num_mel_bins=getattr(self.backbone, "num_mel_bins", 128))
         return LogMelSpectrogram()
 
     def _default_loss(self) -> Loss:
         return CrossEntropy("balanced") if self.mix is None else MixedCrossEntropy("balanced")
 
-    def _check_parts(self) -> None:
-        """Refuse parts of ours that cannot work together; those of others show it in the first step."""
-        if self.mix is not None:
-            check_mixing("mix", self.mix, "features", "Mixup or CutMix")
-        check_loss_kind(self.loss, mixed=self.mix is not None)
+    @property
+    def two_labels(self) -> bool:
+        """Whether the loss gets mixed samples, with the labels of both sources."""
+        return self.mix is not None
 
     @property
     def smallest_batch(self) -> int:

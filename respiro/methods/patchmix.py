@@ -12,10 +12,10 @@ from respiro.component import Component, Loss, TokenBackbone, Transform, build, 
 from respiro.errors import check_choice
 from respiro.losses import CrossEntropy, MixedCrossEntropy, PatchMixContrastiveLoss
 from respiro.methods._optim import Optimizer, Schedule
-from respiro.methods._parts import check_loss_kind, check_mixing
+from respiro.methods._parts import check_mixing
 from respiro.methods.classifier import SoundClassifier
-from respiro.models import LinearHead, Projector
-from respiro.transforms import KaldiFbank, PatchMix
+from respiro.models import Projector
+from respiro.transforms import PatchMix
 
 __all__ = ["PatchMixCE", "PatchMixCL"]
 
@@ -23,7 +23,7 @@ Target = Literal["grad_block", "grad_flow", "project_block", "project_flow"]
 
 
 class _PatchMixMethod(SoundClassifier):
-    """Defaults of the paper, and the check that there are tokens to mix."""
+    """The mixing of tokens, and the check that there are any."""
 
     backbone: TokenBackbone
     patch_mix: Transform
@@ -33,12 +33,6 @@ class _PatchMixMethod(SoundClassifier):
         """Samples that a training step needs: a sample is mixed with another."""
         return 2
 
-    def _default_features(self) -> Transform:
-        return KaldiFbank()
-
-    def _default_head(self) -> LinearHead:
-        return LinearHead(self.backbone.num_features, len(self.classes), layer_norm=True)
-
     def _set_patch_mix(self, patch_mix: Transform | None) -> None:
         if not hasattr(self.backbone, "forward_tokens"):
             raise TypeError(
@@ -46,7 +40,7 @@ class _PatchMixMethod(SoundClassifier):
                 f"backbone with embed_patches, grid and forward_tokens, such as respiro.models.AST"
             )
         self.patch_mix = build(PatchMix() if patch_mix is None else patch_mix, Transform, "patch_mix")
-        check_mixing("patch_mix", self.patch_mix, "tokens", "PatchMix")
+        check_mixing("patch_mix", self.patch_mix, "tokens")
         self.save_hyperparameters({"patch_mix": describe(self.patch_mix)})
 
 
@@ -57,9 +51,8 @@ class PatchMixCE(_PatchMixMethod):
 
     Args:
         backbone: Encoder with tokens, such as :class:`respiro.models.AST`.
-        classes: As in :class:`SoundClassifier`, and so all that is not named here.
-        features: Default :class:`respiro.transforms.KaldiFbank`.
-        head: Default :class:`respiro.models.LinearHead` with layer norm.
+        classes: Class names in the order of their labels. This, and all that is not named here, is as in
+            :class:`SoundClassifier`.
         loss: Default :class:`respiro.losses.MixedCrossEntropy` without class weights.
         patch_mix: Default :class:`respiro.transforms.PatchMix`.
 
@@ -118,8 +111,10 @@ class PatchMixCE(_PatchMixMethod):
     def _default_loss(self) -> Loss:
         return MixedCrossEntropy()
 
-    def _check_parts(self) -> None:
-        check_loss_kind(self.loss, mixed=True)
+    @property
+    def two_labels(self) -> bool:
+        """Whether the loss gets mixed samples: always."""
+        return True
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
@@ -137,9 +132,8 @@ class PatchMixCL(_PatchMixMethod):
 
     Args:
         backbone: Encoder with tokens, such as :class:`respiro.models.AST`.
-        classes: As in :class:`SoundClassifier`, and so all that is not named here.
-        features: Default :class:`respiro.transforms.KaldiFbank`.
-        head: Default :class:`respiro.models.LinearHead` with layer norm.
+        classes: Class names in the order of their labels. This, and all that is not named here, is as in
+            :class:`SoundClassifier`.
         loss: On the clean batch; default :class:`respiro.losses.CrossEntropy` without class weights.
         patch_mix: Default :class:`respiro.transforms.PatchMix`.
         contrastive: Default :class:`respiro.losses.PatchMixContrastiveLoss`.
@@ -208,6 +202,8 @@ class PatchMixCL(_PatchMixMethod):
         self._set_patch_mix(patch_mix)
         size = self.backbone.num_features
         self.contrastive = build(PatchMixContrastiveLoss() if contrastive is None else contrastive, Loss, "contrastive")
+        if isinstance(self.contrastive, CrossEntropy | MixedCrossEntropy):
+            raise TypeError(f"contrastive must compare embeddings, got {type(self.contrastive).__name__}")
         self.projector = build(Projector(size) if projector is None else projector, Component, "projector")
         if not 0 <= contrastive_weight < float("inf"):
             raise ValueError(f"contrastive_weight must be finite and not negative, got {contrastive_weight!r}")

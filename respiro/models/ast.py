@@ -38,7 +38,8 @@ class AST(TokenBackbone):
         stride: Step from patch to patch, one number or (bins, frames); less than 16 makes patches overlap.
         pos_embed_mode: How pretrained position tables are fitted to the grid. ``"correct"``: to (frequency, time).
             ``"reference"``: to the transposed grid, as the released Patch-Mix code does, though its tokens are ordered
-            as in ``"correct"``; for comparison with its checkpoints and scores.
+            as in ``"correct"``; for comparison with its scores. Its checkpoints hold fitted positions already, which
+            are loaded as they are in either mode.
 
     Shape:
         features ``(B, T, F)``; returns embeddings ``(B, num_features)``, 768 of base, 384 of small, 192 of tiny.
@@ -99,8 +100,9 @@ class AST(TokenBackbone):
         """Return the patch embeddings ``(B, grid[0] * grid[1], num_features)``, without positions or class tokens."""
         if features.ndim != 3 or tuple(features.shape[1:]) != (self.frames, self.num_mel_bins):
             raise ValueError(
-                f"features must have shape (B, {self.frames}, {self.num_mel_bins}), got {tuple(features.shape)}; build "
-                f"AST(num_mel_bins=..., frames=...) for the features; KaldiFbank gives 100 * seconds - 2 frames"
+                f"features must have shape (B, {self.frames}, {self.num_mel_bins}), got {tuple(features.shape)}. "
+                f"AST takes features=KaldiFbank(num_mel_bins={self.num_mel_bins}), which gives 100 * seconds - 2 "
+                f"frames; build it with AST(frames=...) for another duration of the clips"
             )
         patches: Tensor = self.v.patch_embed.proj(features.transpose(1, 2).unsqueeze(1))
         return patches.flatten(2).transpose(1, 2)

@@ -229,13 +229,18 @@ def _read(path: Path) -> dict[str, Tensor]:
 
             content = load_file(path)
         else:
+            archive = zipfile.is_zipfile(path)
+            if archive and (damaged := zipfile.ZipFile(path).testzip()):  # torch compares no checksums
+                raise ValueError(f"checksum of {damaged}")
             # Research code saves its command line beside the weights; a Namespace is plain data.
             with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # whatever a damaged file makes the readers raise
+        cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
         raise WeightsError(
             f"{path} cannot be read as weights: it is damaged or incomplete, or it holds more than tensors and plain "
-            f"data, which could run code and is not read. Fetch it again, or save the state dict alone"
+            f"data, which could run code and is not read ({cause}). "
+            f"Fetch it again, or save the state dict alone"
         ) from error
     tensors = dict(_named(content, ""))
     if not tensors:

@@ -232,6 +232,23 @@ def test_a_prediction_is_a_number() -> None:
         SoundClassifier(CNN6()).predict(waveform)
 
 
+def test_an_ast_gets_the_features_and_the_head_it_was_made_for() -> None:
+    for method in (SoundClassifier, PatchMixCE, PatchMixCL):
+        model = method(tiny())
+        assert isinstance(model.features, KaldiFbank)
+        assert model.features.num_features == 32
+        assert model.head.init_args["layer_norm"]
+        assert model(batch()["waveform"]).shape == (4, 4)
+    assert not SoundClassifier(CNN6()).head.init_args["layer_norm"]
+
+
+def test_waveforms_are_augmented_at_their_rate(icbhi_root: Path, tmp_path: Path) -> None:
+    model = SoundClassifier(CNN6(), waveform_augment=WaveformAugment(4000, shift=0.1))
+    data = ICBHIDataModule(icbhi_root, batch_size=4, duration=1.0)
+    with pytest.raises(ValueError, match="has 16000 Hz, the waveform_augment expect 4000 Hz; give both the same"):
+        Trainer(max_epochs=1, default_root_dir=tmp_path, **SILENT).fit(model, datamodule=data)
+
+
 def test_augmentation_acts_in_training_alone() -> None:
     augment = WaveformAugment(gain=(-20.0, -10.0), p=1.0)
     model = PatchMixCE(tiny(), features=KaldiFbank(num_mel_bins=32), waveform_augment=augment)
@@ -308,6 +325,13 @@ def test_a_batch_of_one_is_found_before_training(icbhi_root: Path, tmp_path: Pat
         (lambda: SoundClassifier(CNN6(), mix=SpecAugment()), TypeError, "mix must mix features.*got SpecAugment"),
         (lambda: SoundClassifier(CNN6(), mix=Mixup(), loss=CrossEntropy()), TypeError, "two labels; use MixedCross"),
         (lambda: SoundClassifier(CNN6(), loss=MixedCrossEntropy()), TypeError, "not mixed; use CrossEntropy"),
+        (lambda: SoundClassifier(CNN6(), augment=Mixup()), TypeError, "augment cannot mix samples; give it as mix"),
+        (
+            lambda: SoundClassifier(tiny(), head=LinearHead(768, 4)),
+            ValueError,
+            "takes 768 features, the backbone gives",
+        ),
+        (lambda: PatchMixCL(tiny(), contrastive=CrossEntropy()), TypeError, "contrastive must compare embeddings"),
     ],
 )
 def test_what_does_not_fit_is_refused(build: Any, error: type[Exception], message: str) -> None:
