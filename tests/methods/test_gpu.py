@@ -17,8 +17,15 @@ from respiro.evaluation import evaluate
 from respiro.losses import CrossEntropy, MixedCrossEntropy, PatchMixContrastiveLoss
 from respiro.methods import PatchMixCE, PatchMixCL, SoundClassifier
 from respiro.models import AST, CNN6
-from respiro.transforms import CutMix, KaldiFbank, LogMelSpectrogram, Mixup, PatchMix, SpecAugment
-from respiro.transforms.waveform_augment import WaveformAugment
+from respiro.transforms import (
+    CutMix,
+    KaldiFbank,
+    LogMelSpectrogram,
+    Mixup,
+    PatchMix,
+    SpecAugment,
+    WaveformAugment,
+)
 
 pytestmark = [
     pytest.mark.gpu,
