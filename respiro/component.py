@@ -81,6 +81,8 @@ class Backbone(Component):
     num_features: int
     #: Name and digest of the published weights it was filled with.
     pretrained: dict[str, str] | None = None
+    #: Protocol record of each of its trainings, the oldest first.
+    history: Sequence[dict[str, Any]] = ()
 
 
 class TokenBackbone(Backbone):

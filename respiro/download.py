@@ -9,7 +9,7 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
@@ -42,6 +42,7 @@ def fetch(
     path: str | os.PathLike[str],
     *,
     sha256: str | None = None,
+    md5: str | None = None,
     size: int | None = None,
     verify_tls: bool = True,
     progress: bool = True,
@@ -55,9 +56,10 @@ def fetch(
 
     Args:
         url: An ``http`` or ``https`` address; redirects are followed, though never from ``https`` to ``http``.
-        path: Where the file is to be. A file already there is taken as it is if *size* and *sha256* fit or are unknown.
+        path: Where the file is to be. A file already there is taken as it is if size and digests fit or are unknown.
         sha256: Published digest in hexadecimal, or its beginning of at least 8 digits where no more is published (as
             in the file names of torch hub).
+        md5: Published digest in hexadecimal. It finds damage, but no malice: for files without a published SHA-256.
         size: Published size in bytes.
         verify_tls: Check the server's certificate. Switch it off only for a server whose broken certificate you know,
             and preferably together with *sha256*.
@@ -65,20 +67,23 @@ def fetch(
 
     Raises:
         DownloadError: If the file cannot be had (refused, timed out, certificate not trusted), arrives truncated or
-            different from *size* or *sha256*, or cannot be written.
-        ValueError: If *url* is not an ``http`` or ``https`` address, or *sha256* not 8 to 64 hexadecimal digits.
+            different from what was published, or cannot be written.
+        ValueError: If *url* is not an ``http`` or ``https`` address, or a digest not as many hexadecimal digits.
     """
     if urlsplit(url).scheme not in {"http", "https"}:
         raise ValueError(f"url must start with 'http://' or 'https://', got {url!r}")
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{8,64}", sha256):
         raise ValueError(f"sha256 must be 8 to 64 hexadecimal digits, got {sha256!r}")
+    if md5 is not None and not re.fullmatch("[0-9a-fA-F]{32}", md5):
+        raise ValueError(f"md5 must be 32 hexadecimal digits, got {md5!r}")
     path = Path(path)
-    if not _is_done(path, sha256, size):
+    digests = {name: digest.lower() for name, digest in (("sha256", sha256), ("md5", md5)) if digest}
+    if _difference(path, digests, size):
         with locked(path):
-            if not _is_done(path, sha256, size):  # by whoever held the lock
-                there = f" {path} is there, but {_difference(path, sha256, size)}." if path.is_file() else ""
+            if difference := _difference(path, digests, size):  # else whoever held the lock has fetched it
+                there = f" {path} is there, but {difference}." if path.is_file() else ""
                 try:
-                    _download(_Part(path, url), sha256, size, verify_tls, progress)
+                    _download(_Part(path, url), digests, size, verify_tls, progress)
                 except DownloadError as error:
                     raise DownloadError(f"{error}{there}") from error
     return path
@@ -91,7 +96,11 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 def file_sha256(path: Path) -> str:
     """Return the digest of a file, in hexadecimal."""
-    digest = hashlib.sha256()
+    return _digest(path, "sha256")
+
+
+def _digest(path: Path, algorithm: str) -> str:
+    digest = hashlib.new(algorithm, usedforsecurity=False)  # else some systems refuse md5
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -123,11 +132,7 @@ def locked(path: Path) -> Iterator[None]:
             yield
 
 
-def _is_done(path: Path, sha256: str | None, size: int | None) -> bool:
-    return path.is_file() and _difference(path, sha256, size) is None
-
-
-def _download(part: _Part, sha256: str | None, size: int | None, verify_tls: bool, progress: bool) -> None:
+def _download(part: _Part, digests: Mapping[str, str], size: int | None, verify_tls: bool, progress: bool) -> None:
     opener = build_opener(_Redirects(), HTTPSHandler(context=_tls_context(verify_tls)))
     for wait in (*_WAITS, None):
         try:
@@ -142,7 +147,7 @@ def _download(part: _Part, sha256: str | None, size: int | None, verify_tls: boo
                 what = f"{str(error) or type(error).__name__} ({len(_WAITS) + 1} attempts)"
                 raise DownloadError(f"{part.url}: {what}. {part.how_to_go_on}") from error
             time.sleep(wait)
-    if difference := _difference(part.file, sha256, size):
+    if difference := _difference(part.file, digests, size):
         part.forget()
         raise DownloadError(
             f"{part.url}: {difference}; the file was removed. The published file may have been replaced, or something "
@@ -281,12 +286,15 @@ def _final(error: Exception, part: _Part) -> DownloadError | None:
     return None
 
 
-def _difference(path: Path, sha256: str | None, size: int | None) -> str | None:
+def _difference(path: Path, digests: Mapping[str, str], size: int | None) -> str | None:
     """Say how a file differs from what was published, or return None."""
+    if not path.is_file():
+        return "there is no file"
     with disk_errors(path):
         found_size = path.stat().st_size
         if size is not None and found_size != size:
             return f"{found_size} bytes arrived, the published file has {size}"
-        if sha256 and not (digest := file_sha256(path)).startswith(sha256.lower()):
-            return f"sha256 is {digest}, published is {sha256.lower()}"
+        for name, published in digests.items():
+            if not (digest := _digest(path, name)).startswith(published):
+                return f"{name} is {digest}, published is {published}"
     return None

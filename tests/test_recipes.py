@@ -53,7 +53,7 @@ def common(corrected: bool) -> dict[str, Any]:
             "frames": 798,
             "pos_embed_mode": "correct" if corrected else "reference",
         },
-        "augment": {"policy": "icbhi_ast_sup"} | ({} if corrected else {"reference_gate": True}),
+        "augment": {"policy": "icbhi_ast_sup"} | ({} if corrected else {"gate": "normal"}),
         "optimizer": "adam",
         "lr": 5e-5 if corrected else 2.5e-5,  # the released moving average of 0.5 halves every step
         "weight_decay": 1e-6,

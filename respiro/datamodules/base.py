@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from respiro import __version__
 from respiro.datasets import RespiratoryDataset
-from respiro.datasets.base import CODED, check_reading
+from respiro.datasets.base import CODED, check_label_name, check_reading
+from respiro.datasets.metadata import ADULT, check_columns, check_limits
 from respiro.errors import DatasetNotFoundError, check_choice
 from respiro.splits import split as splits
 
@@ -25,6 +26,8 @@ __all__ = ["Loader", "RespiratoryDataModule"]
 
 SelectOn = Literal["val", "test"]
 Loader = DataLoader[Any]
+#: Labels by metadata that every batch has unless others are asked for: those of M-SCL.
+METADATA: Mapping[str, Sequence[str]] = {"sex_age": ("sex", "age_group")}
 #: Arguments of every data set that a datamodule hands on.
 _SETTINGS = (
     *("sample_rate", "duration", "pad", "fade", "resample"),
@@ -39,8 +42,13 @@ class RespiratoryDataModule(LightningDataModule):
     alone, unless ``select_on="test"``: then the whole train side is trained on, the test side stands in for the
     validation side, and the protocol says so wherever it goes.
 
+    Every batch has the keys of :class:`respiro.datasets.base.Batch`, and one for each label of *metadata*: int64, -1 =
+    unknown. They are counted, and small ones merged, on the train side without its validation patients. Labels that
+    were asked for must be of use; of the default ones the record says why they are not, and all cycles are unknown.
+
     Attributes:
-        protocol: Plain-data record of split, labels, selection rule, seed and counts; known after :meth:`setup`.
+        protocol: Plain-data record of split, labels, selection rule, seed and counts, with the metadata labels under
+            ``"metadata"``; known after :meth:`setup`.
         classes: Class names in the order of their labels.
         class_counts: Train cycles of each class; known after ``setup("fit")``.
         scoring: ``"icbhi"`` or ``"sprsound"``: which score belongs to these labels.
@@ -66,6 +74,9 @@ class RespiratoryDataModule(LightningDataModule):
         seed: int,
         num_workers: int,
         drop_last: bool,
+        metadata: Mapping[str, Sequence[str]] | None = None,
+        age_threshold: float = ADULT,
+        merge_below: int = 0,
     ) -> None:
         super().__init__()
         check_choice("protocol", protocol, splits.PROTOCOLS)
@@ -84,6 +95,10 @@ class RespiratoryDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.drop_last = drop_last
+        self.metadata = _checked(metadata)
+        check_limits(age_threshold, merge_below)
+        self.age_threshold = age_threshold
+        self.merge_below = merge_below
         self.protocol: dict[str, Any] = {}
 
     def keep_settings(self) -> None:
@@ -93,6 +108,8 @@ class RespiratoryDataModule(LightningDataModule):
                 self.hparams[name] = value.item()
             elif name in ("root", "cache_dir") and value is not None:
                 self.hparams[name] = str(Path(value).expanduser().absolute())
+        if self.metadata is not None:
+            self.hparams["metadata"] = {name: list(columns) for name, columns in self.metadata.items()}
         check_reading(*(self.hparams[name] for name in ("sample_rate", "duration", "pad", "fade", "resample")))
 
     @property
@@ -138,6 +155,8 @@ class RespiratoryDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Build only the sides that *stage* needs; called on every process."""
+        if not self.protocol:  # before any side is made, which would lack the labels
+            self.protocol = self._record() | {"metadata": self._add_labels()}
         if stage in {"fit", "validate"}:
             self.train_set = self.data.subset(self.split.train)
             self.val_set = self.data.subset(self.split.test if self.select_on == "test" else self.split.val)
@@ -145,8 +164,15 @@ class RespiratoryDataModule(LightningDataModule):
                 raise ValueError("there is no validation side: val_fraction is 0")
         if stage in {"test", "predict"}:
             self.test_set = self.data.subset(self.split.test)
-        if not self.protocol:
-            self.protocol = self._record()
+
+    def _add_labels(self) -> dict[str, Any]:
+        """Label all cycles by their metadata, and return the record of each label."""
+        asked = self.metadata is not None
+        limits = self.age_threshold, self.merge_below, self.split.train
+        return {
+            name: self.data.add_labels(name, columns, *limits, strict=asked).to_dict()
+            for name, columns in (METADATA if self.metadata is None else self.metadata).items()
+        }
 
     @property
     def class_counts(self) -> list[int]:
@@ -230,3 +256,14 @@ class RespiratoryDataModule(LightningDataModule):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         }
+
+
+def _checked(metadata: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[str, ...]] | None:
+    """Return the columns of each label, or ``None`` as it is."""
+    if metadata is None:
+        return None
+    if not isinstance(metadata, Mapping):
+        raise ValueError(f"metadata must map names to columns, as {{'sex_age': ['sex', 'age_group']}}, got {metadata!r}")
+    for name in metadata:
+        check_label_name(name)
+    return {name: check_columns(columns) for name, columns in metadata.items()}

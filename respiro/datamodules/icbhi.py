@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -41,9 +42,15 @@ class ICBHIDataModule(RespiratoryDataModule):
         download: Fetch what is missing.
         verify_tls: Check the certificate of the server when downloading.
         cache_dir: Where resampled cycles are kept.
+        metadata: Columns of the cycles table by the batch key of the label that they make, alone or combined, such as
+            ``{"device": ["device"]}``: see :func:`respiro.datasets.metadata_labels`. Default
+            ``{"sex_age": ["sex", "age_group"]}``; ``{}`` for none.
+        age_threshold: Years, between the two values of ``age_group`` there.
+        merge_below: Train cycles that a combination needs to have a label of its own.
 
     Raises:
         ValueError: If an argument has no meaning.
+        LabelError: In ``setup``, if a label that *metadata* asks for is of no use.
 
     Example:
         >>> import tempfile
@@ -79,6 +86,9 @@ class ICBHIDataModule(RespiratoryDataModule):
         download: bool = False,
         verify_tls: bool = True,
         cache_dir: str | Path | None = None,
+        metadata: Mapping[str, Sequence[str]] | None = None,
+        age_threshold: float = 18.0,
+        merge_below: int = 0,
     ) -> None:
         super().__init__(
             protocol=protocol,
@@ -88,6 +98,9 @@ class ICBHIDataModule(RespiratoryDataModule):
             seed=seed,
             num_workers=num_workers,
             drop_last=drop_last,
+            metadata=metadata,
+            age_threshold=age_threshold,
+            merge_below=merge_below,
         )
         self.save_hyperparameters()
         self.keep_settings()

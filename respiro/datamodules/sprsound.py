@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -43,9 +44,16 @@ class SPRSoundDataModule(RespiratoryDataModule):
         download: Fetch what is missing.
         verify_tls: Check the certificate of the server when downloading.
         cache_dir: Where resampled cycles are kept.
+        metadata: Columns of the cycles table by the batch key of the label that they make, alone or combined, such as
+            ``{"device": ["device"]}``: see :func:`respiro.datasets.metadata_labels`. Default
+            ``{"sex_age": ["sex", "age_group"]}``; ``{}`` for none.
+        age_threshold: Years, between the two values of ``age_group`` there. The default is that of Moummad and
+            Farrugia (2023) for SPRSound.
+        merge_below: Train cycles that a combination needs to have a label of its own.
 
     Raises:
         ValueError: If an argument has no meaning.
+        LabelError: In ``setup``, if a label that *metadata* asks for is of no use.
     """
 
     def __init__(
@@ -71,6 +79,9 @@ class SPRSoundDataModule(RespiratoryDataModule):
         download: bool = False,
         verify_tls: bool = True,
         cache_dir: str | Path | None = None,
+        metadata: Mapping[str, Sequence[str]] | None = None,
+        age_threshold: float = 5.0,
+        merge_below: int = 0,
     ) -> None:
         super().__init__(
             protocol="official",
@@ -80,6 +91,9 @@ class SPRSoundDataModule(RespiratoryDataModule):
             seed=seed,
             num_workers=num_workers,
             drop_last=drop_last,
+            metadata=metadata,
+            age_threshold=age_threshold,
+            merge_below=merge_below,
         )
         check_choice("test_side", test_side, ("inter", "intra", "both"))
         self.save_hyperparameters()

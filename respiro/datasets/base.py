@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypedDict, get_args
+from typing import Any, ClassVar, Literal, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -16,20 +17,22 @@ from torch.utils.data import Dataset
 from typing_extensions import Self
 
 from respiro import audio
-from respiro.errors import AudioError, LabelError, check_choice
+from respiro.datasets._reading import Fade, check_encoding, check_reading
+from respiro.datasets.metadata import ADULT, MetadataLabels, metadata_labels
+from respiro.errors import LabelError
 from respiro.store import WaveformStore
 
-__all__ = ["Batch", "RespiratoryDataset", "check_reading"]
+__all__ = ["Batch", "Fade", "RespiratoryDataset", "check_label_name", "check_reading"]
 
-Fade = Literal["recording", "cycle", "none"]
 #: Metadata columns that every sample carries as an integer, -1 where unknown.
 CODED = ("patient", "device", "location", "sex", "age_group")
-#: What the recordings were published as; anything else was converted by somebody.
-PUBLISHED_ENCODINGS = frozenset({"PCM_16", "PCM_24"})
 
 
 class Batch(TypedDict):
-    """One collated batch of ``B`` cycles, each fitted to ``S`` samples."""
+    """One collated batch of ``B`` cycles, each fitted to ``S`` samples.
+
+    Labels of :meth:`RespiratoryDataset.add_labels` are further keys: (B,) int64, -1 = unknown.
+    """
 
     waveform: Tensor  #: (B, S) float32 in [-1, 1], but for what resampling adds to a clipped recording
     label: Tensor  #: (B,) int64
@@ -68,6 +71,9 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         cache_dir: Where resampled cycles are kept; default as in :class:`respiro.store.WaveformStore`.
         any_encoding: Accept files that are not mono 16- or 24-bit PCM; stereo is then averaged.
 
+    Attributes:
+        metadata: Labels that :meth:`add_labels` made, by the batch key that carries them.
+
     Raises:
         ValueError: If an argument has no meaning.
         AudioError: If a file is not in the published form and *any_encoding* is false.
@@ -94,7 +100,7 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         check_reading(sample_rate, duration, pad, fade, resample)
         if not any_encoding:
-            _check_encoding(recordings)
+            check_encoding(recordings)
         self.classes = classes
         self.vocabularies = vocabularies
         self.sample_rate = sample_rate
@@ -104,6 +110,7 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         self.resample: Literal["recording", "cycle"] = resample
         self.cache_dir = cache_dir
         self.any_encoding = any_encoding
+        self.metadata: dict[str, MetadataLabels] = {}
         self.all_recordings = recordings
         shared = [
             column for column in recordings.columns if column not in cycles.columns and column not in _FILE_COLUMNS
@@ -164,6 +171,37 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         other._rows = self._rows[positions]
         return other
 
+    def add_labels(
+        self,
+        name: str,
+        columns: str | Sequence[str],
+        age_threshold: float = ADULT,
+        merge_below: int = 0,
+        reference: np.ndarray | pd.Index | None = None,
+        strict: bool = True,
+    ) -> MetadataLabels:
+        """Label the cycles of every split by their metadata, under *name* in each sample and batch from here on.
+
+        Subsets made from here on have them too. A name given before gets the new labels.
+
+        Args:
+            name: The key; none of :class:`Batch`.
+            columns: Of :attr:`all_cycles`, which are the table of :func:`metadata_labels`: see there for the rest.
+            age_threshold: Years.
+            merge_below: Number of reference rows.
+            reference: Row labels, such as those of the train side; default every split.
+            strict: Refuse labels that are of no use.
+
+        Raises:
+            LabelError: If the columns give no labels to contrast.
+            ValueError: If an argument has no meaning.
+        """
+        check_label_name(name)
+        labels = metadata_labels(self.all_cycles, columns, age_threshold, merge_below, reference, strict)
+        self.metadata = self.metadata | {name: labels}  # another mapping: subsets made before keep theirs
+        self.__dict__.pop("_columns", None)
+        return labels
+
     @cached_property
     def store(self) -> WaveformStore:
         """Every cycle of every split, resampled, on disk; built at the first use."""
@@ -209,6 +247,8 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         columns = {name: torch.from_numpy(self.codes(name)) for name in CODED}
         columns["label"] = torch.tensor(cycles["label"].to_numpy("int64"))
         columns["index"] = torch.tensor(cycles.index.to_numpy("int64"))
+        for name, labels in self.metadata.items():
+            columns[name] = torch.tensor(labels.ids.to_numpy()[self._rows])
         columns["quality"] = torch.tensor(cycles["quality"].to_numpy("float32"))
         return columns
 
@@ -246,27 +286,7 @@ _CYCLE_COLUMNS = ["recording", "start", "end", "label"]
 _FILE_COLUMNS = ("path", "frames", "channels", "encoding", "duration")
 
 
-def check_reading(sample_rate: int, duration: float, pad: str, fade: str, resample: str) -> None:
-    """Raise a ``ValueError`` for arguments about reading that have no meaning."""
-    if not isinstance(sample_rate, int) or sample_rate < 1000:
-        raise ValueError(f"sample_rate must be a whole number of at least 1000 Hz, got {sample_rate!r}")
-    if not 0.01 <= duration < float("inf"):
-        raise ValueError(f"duration must be at least 0.01 s, got {duration!r}")
-    check_choice("pad", pad, get_args(audio.Pad))
-    check_choice("fade", fade, get_args(Fade))
-    check_choice("resample", resample, ("recording", "cycle"))
-    if fade == "recording" and resample == "cycle":
-        raise ValueError(
-            "fade='recording' needs resample='recording': a cycle resampled alone has no recording to fade"
-        )
-
-
-def _check_encoding(recordings: pd.DataFrame) -> None:
-    odd = recordings[(recordings["channels"] != 1) | ~recordings["encoding"].isin(PUBLISHED_ENCODINGS)]
-    if len(odd):
-        first = odd.iloc[0]
-        raise AudioError(
-            f"{len(odd)} of {len(recordings)} recordings are not mono 16- or 24-bit PCM as published (first: "
-            f"{first['path']}, {first['channels']} channels, {first['encoding']}). Fetch the original files, or pass "
-            f"any_encoding=True to read them as they are, stereo averaged."
-        )
+def check_label_name(name: str) -> None:
+    """Raise a ``ValueError`` for a name that would hide a key of :class:`Batch`."""
+    if name in Batch.__annotations__:
+        raise ValueError(f"labels cannot be named {name!r}, which every batch has already; choose another name")

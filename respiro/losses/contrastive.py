@@ -5,19 +5,17 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from respiro.component import Loss
 from respiro.errors import check_choice
+from respiro.losses._embeddings import UNKNOWN, check_embeddings, check_temperature, unit
 from respiro.losses._gather import gather_with_grad
 from respiro.losses._mixed import check_mixed
 
 __all__ = ["PatchMixContrastiveLoss", "patch_mix_contrastive_loss"]
 
 Negatives = Literal["all", "different-label"]
-
-_UNKNOWN = -1
 
 
 def patch_mix_contrastive_loss(
@@ -54,12 +52,12 @@ def patch_mix_contrastive_loss(
         tensor(0.5633)
     """
     _check_settings(temperature, negatives)
-    _check_embeddings(mixed, clean)
+    _check_pairs(mixed, clean)
     batch = len(clean)
     check_mixed(index, lam, batch)
     with torch.autocast(clean.device.type, enabled=False):
-        anchors = _unit(mixed)
-        targets, offset = gather_with_grad(_unit(clean)) if gather else (_unit(clean), 0)
+        anchors = unit(mixed)
+        targets, offset = gather_with_grad(unit(clean)) if gather else (unit(clean), 0)
         if len(targets) < 2:  # here, as a process that stops before it gathers leaves the others waiting
             raise ValueError(f"contrasting needs at least two samples, got {batch}; give the datamodule drop_last=True")
         own = torch.arange(batch, device=clean.device) + offset
@@ -125,34 +123,23 @@ class PatchMixContrastiveLoss(Loss):
         )
 
 
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
-
-
 def _false_negatives(labels: Tensor | None, pairs: Tensor, gather: bool) -> Tensor:
     """Mark the targets of the class of each row, except its own *pairs* ``(B, 2)``: ``(B, targets)``."""
     if labels is None or labels.shape != pairs.shape[:1]:
         got = "None" if labels is None else f"shape {tuple(labels.shape)}"
         raise ValueError(f"negatives='different-label' needs labels of shape ({len(pairs)},), got {got}")
     of_targets = gather_with_grad(labels)[0] if gather else labels
-    same = (labels[:, None] == of_targets) & (labels[:, None] != _UNKNOWN)
+    same = (labels[:, None] == of_targets) & (labels[:, None] != UNKNOWN)
     return same.scatter(1, pairs, False)
 
 
 def _check_settings(temperature: float, negatives: str) -> None:
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
+    check_temperature(temperature)
     check_choice("negatives", negatives, get_args(Negatives))
 
 
-def _check_embeddings(mixed: Tensor, clean: Tensor) -> None:
-    for name, x in (("mixed", mixed), ("clean", clean)):
-        if x.ndim != 2 or not x.is_floating_point():
-            raise ValueError(f"{name} must be floating point of shape (B, D), got {x.dtype} of shape {tuple(x.shape)}")
-        # Normalising and the softmax would hide which one it was. On a CPU only: on a GPU the check would wait for all
-        # that is under way, and a loss scaler expects to see such values in the gradients there.
-        if x.device.type == "cpu" and not x.isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite; look at the features and the learning rate")
+def _check_pairs(mixed: Tensor, clean: Tensor) -> None:
+    check_embeddings(mixed=mixed, clean=clean)
     if mixed.shape != clean.shape:
         raise ValueError(
             f"mixed and clean must have the same shape, got {tuple(mixed.shape)} and {tuple(clean.shape)}; a projector "

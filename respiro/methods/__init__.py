@@ -1,10 +1,19 @@
 """One LightningModule for each method."""
 
 from respiro.methods.classifier import SoundClassifier
+from respiro.methods.contrastive import SCL, SimCLR
+from respiro.methods.hybrid import HybridSCL
+from respiro.methods.mscl import MSCL
 from respiro.methods.patchmix import PatchMixCE, PatchMixCL
+from respiro.methods.probe import LinearProbe
 
 __all__ = [
+    "MSCL",
+    "SCL",
+    "HybridSCL",
+    "LinearProbe",
     "PatchMixCE",
     "PatchMixCL",
+    "SimCLR",
     "SoundClassifier",
 ]

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from respiro.methods.classifier import SoundClassifier
 
 Optimizer = Literal["adam", "adamw", "sgd"]
-Schedule = Literal["cosine", "epoch-cosine", "constant"]
+Schedule = Literal["cosine", "epoch-cosine", "cosine-40", "constant"]
+#: Schedules that are set once an epoch, and so count whole epochs.
+_BY_EPOCH = ("epoch-cosine", "cosine-40")
+#: Epochs in which "cosine-40" falls to its floor, and in which it rises again.
+_HALF_PERIOD = 40
 #: Where the warm-up of "epoch-cosine" begins, as a share of the peak learning rate.
 _WARM_FROM = 0.1
 
@@ -32,8 +36,8 @@ def configure(model: SoundClassifier) -> OptimizerLRScheduler:
         raise ValueError("the schedule needs to know where training ends; give Trainer max_epochs or max_steps")
     endless = trainer.max_epochs in (None, -1)
     limited = trainer.max_steps != -1 and not trainer.fast_dev_run  # type: ignore[attr-defined]  # sets max_steps itself
-    if model.schedule == "epoch-cosine" and (endless or limited):
-        raise ValueError("schedule 'epoch-cosine' counts epochs; give Trainer max_epochs, and no max_steps")
+    if model.schedule in _BY_EPOCH and (endless or limited):
+        raise ValueError(f"schedule {model.schedule!r} counts epochs; give Trainer max_epochs, and no max_steps")
     epochs = trainer.max_epochs or 1
     scheduler = LambdaLR(
         optimizer, lambda step: factor(step, steps, model.schedule, model.warmup, model.lr_floor, epochs)
@@ -53,19 +57,29 @@ def factor(
         [0.5, 1.0, 1.0, 1.0]
         >>> [round(factor(step, 4, "epoch-cosine", epochs=2), 3) for step in range(4)]
         [0.505, 0.505, 0.01, 0.01]
+        >>> [round(factor(epoch, 400, "cosine-40", epochs=400), 3) for epoch in (0, 20, 40, 80, 399)]
+        [1.0, 0.505, 0.01, 1.0, 0.998]
     """
     if schedule == "epoch-cosine":
         return _epoch_cosine(step * epochs / steps, epochs, warmup, floor)
+    if schedule == "cosine-40":  # it falls and rises without end (Moummad and Farrugia, 2023, released code)
+        return _cosine(_epoch(step * epochs / steps) / _HALF_PERIOD, floor)
     rising = math.ceil(steps * warmup) if warmup else 0
     if step < rising:
         return (step + 1) / rising
     if schedule == "constant":
         return 1.0
-    return _cosine((step - rising) / max(1, steps - rising), floor)
+    return _cosine(min(1.0, (step - rising) / max(1, steps - rising)), floor)
 
 
 def _cosine(done: float, floor: float) -> float:
-    return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _epoch(elapsed: float) -> int:
+    """Return the number of the epoch under way, from 0."""
+    # Steps divide into epochs exactly; the small number keeps a rounded-down quotient in its epoch.
+    return math.floor(elapsed + 1e-9)
 
 
 def _epoch_cosine(elapsed: float, epochs: int, warmup: float, floor: float) -> float:
@@ -76,8 +90,7 @@ def _epoch_cosine(elapsed: float, epochs: int, warmup: float, floor: float) -> f
     warm = max(1, round(warmup * epochs)) if warmup else 0
     if elapsed < warm:
         return _WARM_FROM + elapsed / warm * (_cosine(warm / epochs, floor) - _WARM_FROM)
-    # Steps divide into epochs exactly; the small number keeps a rounded-down quotient in its epoch.
-    return _cosine((math.floor(elapsed + 1e-9) + 1) / epochs, floor)
+    return _cosine(min(1.0, (_epoch(elapsed) + 1) / epochs), floor)
 
 
 def check(optimizer: str, lr: float, weight_decay: float, schedule: str, warmup: float, lr_floor: float) -> None:
@@ -90,5 +103,7 @@ def check(optimizer: str, lr: float, weight_decay: float, schedule: str, warmup:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay!r}")
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup must be in [0, 1), got {warmup!r}")
+    if schedule == "cosine-40" and warmup:
+        raise ValueError(f"schedule 'cosine-40' has no warm-up, got warmup={warmup!r}; leave it at 0")
     if not 0 <= lr_floor <= 1:
         raise ValueError(f"lr_floor must be in [0, 1], got {lr_floor!r}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from respiro.component import Transform
+from respiro.component import Loss, Transform
 from respiro.errors import LabelError
-from respiro.losses import CrossEntropy, MixedCrossEntropy
 
 if TYPE_CHECKING:
     from respiro.methods.classifier import SoundClassifier
@@ -48,7 +48,7 @@ def check_parts(model: SoundClassifier) -> None:
     check_mixing("augment", model.augment, None)
     if model.mix is not None:
         check_mixing("mix", model.mix, "features")
-    _check_loss(model.loss, model.two_labels)
+    _check_loss(model)
 
 
 def _check_head(head: nn.Module, backbone: nn.Module, classes: int) -> None:
@@ -73,9 +73,15 @@ def check_mixing(argument: str, part: nn.Module, kind: Literal["features", "toke
         raise TypeError(f"{argument} {rule}, got {type(part).__name__}")
 
 
-def _check_loss(loss: nn.Module, mixed: bool) -> None:
-    """Raise a ``TypeError`` if a cross-entropy of ours takes one label where samples have two, or the reverse."""
-    wanted, other = (MixedCrossEntropy, CrossEntropy) if mixed else (CrossEntropy, MixedCrossEntropy)
-    if isinstance(loss, other):
-        samples = "mixed samples, which have two labels" if mixed else "samples that are not mixed"
-        raise TypeError(f"{other.__name__} cannot be the loss on {samples}; use {wanted.__name__}")
+def _check_loss(model: SoundClassifier) -> None:
+    """Raise a ``TypeError`` if a loss of ours takes something else than the method gives it."""
+    if not isinstance(model.loss, Loss):
+        return
+    arguments = inspect.signature(model.loss.forward).parameters.values()
+    taken = tuple(argument.name for argument in arguments if argument.default is argument.empty)
+    if taken != model.loss_inputs:
+        raise TypeError(
+            f"{type(model.loss).__name__} takes ({', '.join(taken)}) and cannot be the loss of this "
+            f"{type(model).__name__}, which gives it ({', '.join(model.loss_inputs)}); use a loss such as "
+            f"{type(model._default_loss()).__name__}"
+        )

@@ -46,6 +46,11 @@ def table(probabilities: Tensor, classes: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame({"prediction": names} | columns)
 
 
+def embed_dataset(model: SoundClassifier, data: Any) -> Tensor:
+    """Return the embeddings of every cycle of *data* ``(N, D)``."""
+    return torch.cat([model._embeddings(batch["waveform"]) for batch in DataLoader(data, batch_size=BATCH)])
+
+
 def predict_dataset(model: SoundClassifier, data: Any) -> pd.DataFrame:
     """Return the cycles table of *data* with the predictions beside it."""
     batches = DataLoader(data, batch_size=BATCH)

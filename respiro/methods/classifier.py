@@ -9,30 +9,17 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
-from typing_extensions import Self
 
-from respiro import __version__
-from respiro.component import (
-    Backbone,
-    Component,
-    Loss,
-    TokenBackbone,
-    Transform,
-    build,
-    class_path,
-    describe,
-    eval_mode,
-)
+from respiro.component import Backbone, Component, Loss, TokenBackbone, Transform, build, describe, eval_mode
 from respiro.losses import CrossEntropy, MixedCrossEntropy, cross_entropy
 from respiro.methods import _optim, _steps
-from respiro.methods._checkpoint import RECORD, read_checkpoint
+from respiro.methods._checkpoint import SelfDescribing
 from respiro.methods._optim import Optimizer, Schedule
 from respiro.methods._parts import check_classes, check_data, check_parts
-from respiro.methods._predict import AUDIO, predict_dataset, predict_file, table
+from respiro.methods._predict import AUDIO, embed_dataset, predict_dataset, predict_file, table
 from respiro.metrics._counts import metrics_for
 from respiro.models import LinearHead
 from respiro.transforms import KaldiFbank, LogMelSpectrogram
@@ -40,7 +27,7 @@ from respiro.transforms import KaldiFbank, LogMelSpectrogram
 __all__ = ["SoundClassifier"]
 
 
-class SoundClassifier(LightningModule):
+class SoundClassifier(SelfDescribing):
     """Features, augmentation, backbone, head and loss, trained with cross-entropy by default.
 
     The checkpoint carries all of it as plain data, the preprocessing and the protocol included: restoring needs
@@ -111,7 +98,7 @@ class SoundClassifier(LightningModule):
         self.backbone = build(backbone, Backbone, "backbone")
         self.features = build(self._default_features() if features is None else features, Transform, "features")
         self.waveform_augment = _optional(waveform_augment, "waveform_augment")
-        self.augment = _optional(augment, "augment")
+        self.augment = _optional(self._default_augment() if augment is None else augment, "augment")
         self.mix = None if mix is None else build(mix, Transform, "mix")
         self.head = build(self._default_head() if head is None else head, Component, "head")
         self.loss = build(self._default_loss() if loss is None else loss, Loss, "loss")
@@ -128,15 +115,13 @@ class SoundClassifier(LightningModule):
         self.test_metrics: MetricCollection = metrics.clone(prefix="test_")
         # A metric, because Lightning's own mean over processes is off where they hold different numbers of cycles.
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        #: Protocol record of each training, the oldest first: a stamp once earned stays.
-        self.history: list[dict[str, Any]] = []
         self.save_hyperparameters(
             {
                 "backbone": describe(self.backbone),
                 "classes": list(self.classes),
                 "features": describe(self.features),
                 "waveform_augment": None if waveform_augment is None else describe(self.waveform_augment),
-                "augment": None if augment is None else describe(self.augment),
+                "augment": None if isinstance(self.augment, nn.Identity) else describe(self.augment),
                 **({} if self.mix is None else {"mix": describe(self.mix)}),  # subclasses that mix have none
                 "head": describe(self.head),
                 "loss": describe(self.loss),
@@ -164,13 +149,16 @@ class SoundClassifier(LightningModule):
             return KaldiFbank(num_mel_bins=getattr(self.backbone, "num_mel_bins", 128))
         return LogMelSpectrogram()
 
+    def _default_augment(self) -> Transform | None:
+        return None
+
     def _default_loss(self) -> Loss:
         return CrossEntropy("balanced") if self.mix is None else MixedCrossEntropy("balanced")
 
     @property
-    def two_labels(self) -> bool:
-        """Whether the loss gets mixed samples, with the labels of both sources."""
-        return self.mix is not None
+    def loss_inputs(self) -> tuple[str, ...]:
+        """What the loss is called with."""
+        return ("logits", "labels") if self.mix is None else ("logits", "labels", "index", "lam")
 
     @property
     def smallest_batch(self) -> int:
@@ -198,7 +186,8 @@ class SoundClassifier(LightningModule):
                 "training_seed": None if seed is None else int(seed),
                 "pretrained": getattr(self.backbone, "pretrained", None),
             }
-            self.history += [record] if record not in self.history[-1:] else []
+            if record not in self.history[-1:]:
+                self.history = [*self.history, record]
             if isinstance(self.loss, Loss) and hasattr(data, "class_counts"):
                 self.loss.use_class_counts(data.class_counts)
 
@@ -304,6 +293,18 @@ class SoundClassifier(LightningModule):
             f"predict takes waveforms, a batch, a data set or the path of a sound file, got {type(x).__name__}"
         )
 
+    @torch.inference_mode()
+    def embed(self, x: Any) -> Tensor:
+        """Return the embeddings ``(N, D)`` of waveforms ``(N, S)``, a batch, or a data set, float32 on the CPU."""
+        with eval_mode(self):
+            if hasattr(x, "__getitem__") and not isinstance(x, Tensor | Mapping):
+                return embed_dataset(self, x)
+            return self._embeddings(x if isinstance(x, Tensor) else x["waveform"])
+
+    def _embeddings(self, waveform: Tensor) -> Tensor:
+        embeddings: Tensor = self.backbone(self.features(waveform.to(self.device)))
+        return embeddings.float().cpu()
+
     def _probabilities(self, waveform: Tensor) -> Tensor:
         probabilities: Tensor = self(waveform.to(self.device)).float().softmax(dim=1)
         return probabilities
@@ -313,34 +314,6 @@ class SoundClassifier(LightningModule):
         """How the training cycles were read: sampling rate, duration, padding, fades."""
         default = AUDIO | {"sample_rate": getattr(self.features, "sample_rate", AUDIO["sample_rate"])}
         return default | dict(self.protocol.get("audio", {}))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write what is needed to restore the model, and the protocol it was trained under."""
-        data = getattr(self.trainer, "datamodule", None)
-        checkpoint[RECORD] = {
-            "version": __version__,
-            "class_path": class_path(type(self)),
-            "history": self.history,
-            "data": data and {"class_path": class_path(type(data)), "init_args": dict(data.hparams)},
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the records of earlier trainings; where one is resumed, its own stands last."""
-        earlier = checkpoint.get(RECORD, {}).get("history", [])
-        pretrained = earlier[-1].get("pretrained") if earlier else None
-        self.backbone.pretrained = pretrained
-        own = [record | {"pretrained": pretrained} for record in self.history]
-        self.history = [*earlier, *(record for record in own if record not in earlier)]
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Restore a model; parts that respiro did not write are passed by name.
-
-        Raises:
-            CheckpointError: If the file is not one of ours, or names a part that only its author can build.
-        """
-        read_checkpoint(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
 
 def _optional(part: Transform | None, argument: str) -> nn.Module:

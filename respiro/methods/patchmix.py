@@ -112,9 +112,9 @@ class PatchMixCE(_PatchMixMethod):
         return MixedCrossEntropy()
 
     @property
-    def two_labels(self) -> bool:
-        """Whether the loss gets mixed samples: always."""
-        return True
+    def loss_inputs(self) -> tuple[str, ...]:
+        """What the loss is called with."""
+        return ("logits", "labels", "index", "lam")
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""

@@ -5,6 +5,7 @@ Nothing here asks the device for a value, so a GPU is never waited for.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -18,6 +19,7 @@ from respiro.transforms._checks import check_floating, full_precision
 __all__ = ["SpecAugment", "spec_augment"]
 
 Fill = Literal["mean", "zero"]
+Gate = Literal["uniform", "normal", "normal-batch"]
 PolicyName = Literal["LB", "LD", "SM", "SS", "icbhi_sup", "icbhi_ast_sup"]
 
 
@@ -42,7 +44,7 @@ _POLICIES = {
 }
 
 
-def spec_augment(features: Tensor, freq_masks: Tensor, time_masks: Tensor, fill: Fill = "mean") -> Tensor:
+def spec_augment(features: Tensor, freq_masks: Tensor, time_masks: Tensor, fill: Fill | float = "mean") -> Tensor:
     """Mask bands of frequency, then stretches of time, at given positions.
 
     ``"mean"`` fills the frequency masks with the mean of the sample, and the time masks with its mean after that; both
@@ -52,13 +54,13 @@ def spec_augment(features: Tensor, freq_masks: Tensor, time_masks: Tensor, fill:
         features: Spectrograms ``(B, T, F)``; never changed.
         freq_masks: Masks ``(B, m, 2)``, int64: first bin and width of each. ``m`` may be 0.
         time_masks: Masks ``(B, n, 2)``, int64: first frame and width of each. ``n`` may be 0.
-        fill: ``"mean"`` or ``"zero"``.
+        fill: ``"mean"``, ``"zero"`` or a number.
 
     Returns:
         A masked copy ``(B, T, F)``, in the type of *features*.
 
     Raises:
-        ValueError: If a shape is not one of the above, or *fill* is unknown.
+        ValueError: If a shape is not one of the above, or *fill* is neither a name nor a finite number.
 
     Source:
         Park et al., "SpecAugment", Interspeech 2019, section 2; the fill by Bae et al., "Patch-Mix Contrastive
@@ -70,7 +72,7 @@ def spec_augment(features: Tensor, freq_masks: Tensor, time_masks: Tensor, fill:
         tensor([[[0., 0., 0.],
                  [3., 0., 0.]]])
     """
-    check_choice("fill", fill, get_args(Fill))
+    _check_fill(fill)
     check_floating("features", "(B, T, F)", features)
     _check_masks("freq_masks", freq_masks, len(features))
     _check_masks("time_masks", time_masks, len(features))
@@ -106,14 +108,21 @@ class SpecAugment(Transform):
     Args:
         policy: Name of a policy.
         p: Probability that a sample is augmented, in [0, 1].
-        fill: What masks are filled with, ``"mean"`` or ``"zero"``; see :func:`spec_augment`.
-        reference_gate: Augment where *p* is at least a standard normal number, as the released code of Patch-Mix does:
-            at ``p=1`` that is a probability of 0.8413, at ``p=0`` one of 0.5.
+        fill: What masks are filled with, ``"mean"``, ``"zero"`` or a number; see :func:`spec_augment`. The released
+            code of Moummad and Farrugia fills with 0 before it standardises, which with the mean and standard deviation
+            of :class:`respiro.transforms.LogMelSpectrogram` is ``fill=-14.47`` here.
+        gate: Which samples are augmented: ``"uniform"`` those where *p* exceeds a uniform number, each with probability
+            *p*. ``"normal"`` compares with a standard normal number, as the released code of Patch-Mix does: at ``p=1``
+            that is a probability of 0.8413, at ``p=0`` one of 0.5. ``"normal-batch"`` draws one such number for the
+            whole batch, as the released code of Moummad and Farrugia does.
         freq_masks: Number of frequency masks.
         freq_width: Bound of their width in bins.
         time_masks: Number of time masks.
         time_width: Bound of their width in frames.
         time_warp: Largest distance of the time warp in frames; 0 for none.
+        to_end: Whether masks may reach the last bin and the last frame. With ``False`` a mask begins at
+            ``int(U(0, size - v))``, where ``v`` is its width before it is rounded down, so that they never do: the
+            released code of Moummad and Farrugia, and torchaudio.
 
     Shape:
         features ``(B, T, F)``; returns the same. The generator must be on the device of the features.
@@ -123,7 +132,9 @@ class SpecAugment(Transform):
 
     Source:
         Park et al., "SpecAugment", Interspeech 2019, table 1; Bae et al., "Patch-Mix Contrastive Learning with Audio
-        Spectrogram Transformer on Respiratory Sound Classification", Interspeech 2023 (released code).
+        Spectrogram Transformer on Respiratory Sound Classification", Interspeech 2023 (released code); Moummad and
+        Farrugia, "Pretraining respiratory sound representations using metadata and contrastive learning", WASPAA 2023
+        (released code).
 
     Example:
         >>> augment = SpecAugment("icbhi_ast_sup", time_width=40, fill="zero")
@@ -137,26 +148,29 @@ class SpecAugment(Transform):
         self,
         policy: PolicyName = "icbhi_ast_sup",
         p: float | None = None,
-        fill: Fill = "mean",
-        reference_gate: bool = False,
+        fill: Fill | float = "mean",
+        gate: Gate = "uniform",
         freq_masks: int | None = None,
         freq_width: int | None = None,
         time_masks: int | None = None,
         time_width: int | None = None,
         time_warp: int | None = None,
+        to_end: bool = True,
     ) -> None:
         super().__init__()
         check_choice("policy", policy, get_args(PolicyName))
-        check_choice("fill", fill, get_args(Fill))
+        check_choice("gate", gate, get_args(Gate))
+        _check_fill(fill)
         given = _POLICIES[policy]
         self.p = given.p if p is None else p
         self.fill = fill
-        self.reference_gate = reference_gate
+        self.gate = gate
         self.freq_masks = given.freq_masks if freq_masks is None else freq_masks
         self.freq_width = given.freq_width if freq_width is None else freq_width
         self.time_masks = given.time_masks if time_masks is None else time_masks
         self.time_width = given.time_width if time_width is None else time_width
         self.time_warp = given.time_warp if time_warp is None else time_warp
+        self.to_end = to_end
         if not 0 <= self.p <= 1:
             raise ValueError(f"p must lie in [0, 1], got {self.p!r}")
         for name in ("freq_masks", "freq_width", "time_masks", "time_width", "time_warp"):
@@ -170,12 +184,14 @@ class SpecAugment(Transform):
         check_floating("features", "(B, T, F)", features)
         samples, frames, bins = features.shape
         self._check_bounds(frames, bins)
-        draw = torch.randn if self.reference_gate else torch.rand
-        applied = draw(samples, dtype=torch.float32, device=features.device, generator=generator) < self.p
+        draw = torch.rand if self.gate == "uniform" else torch.randn
+        drawn = 1 if self.gate == "normal-batch" else samples
+        applied = draw(drawn, dtype=torch.float32, device=features.device, generator=generator) < self.p
+        applied = applied.expand(samples)
         if self.time_warp:
             features = _warp(features, *_draw_warp(applied, self.time_warp, frames, generator))
-        freq_masks = _draw_masks(applied, self.freq_masks, self.freq_width, bins, generator)
-        time_masks = _draw_masks(applied, self.time_masks, self.time_width, frames, generator)
+        freq_masks = _draw_masks(applied, self.freq_masks, self.freq_width, bins, self.to_end, generator)
+        time_masks = _draw_masks(applied, self.time_masks, self.time_width, frames, self.to_end, generator)
         return spec_augment(features, freq_masks, time_masks, self.fill)
 
     def _check_bounds(self, frames: int, bins: int) -> None:
@@ -200,11 +216,14 @@ class SpecAugment(Transform):
 # whatever torch's default is: bfloat16, which a trainer may make the default, has only 256 steps.
 
 
-def _draw_masks(applied: Tensor, count: int, bound: int, size: int, generator: Generator | None) -> Tensor:
+def _draw_masks(
+    applied: Tensor, count: int, bound: int, size: int, to_end: bool, generator: Generator | None
+) -> Tensor:
     """Return the first position and the width of *count* masks per sample ``(B, count, 2)``."""
     draw = partial(torch.rand, len(applied), count, dtype=torch.float32, device=applied.device, generator=generator)
-    width = (draw() * bound).long() * applied[:, None]
-    start = (draw() * (size - width + 1)).long()
+    drawn = draw() * bound
+    width = drawn.long() * applied[:, None]
+    start = (draw() * (size - width + 1 if to_end else size - drawn)).long()
     return torch.stack([start, width], dim=-1)
 
 
@@ -231,13 +250,13 @@ def _warp(features: Tensor, origin: Tensor, goal: Tensor) -> Tensor:
     return torch.lerp(exact[sample, left], exact[sample, right], weight).to(features.dtype)
 
 
-def _mask(features: Tensor, masks: Tensor, dim: int, fill: Fill) -> Tensor:
+def _mask(features: Tensor, masks: Tensor, dim: int, fill: Fill | float) -> Tensor:
     """Return the features with the masks ``(B, m, 2)`` along *dim* filled."""
     start, width = masks[..., None].unbind(2)
     position = torch.arange(features.shape[dim], device=features.device)
     hidden = ((start <= position) & (position < start + width)).any(1).unsqueeze(3 - dim)
-    if fill == "zero":
-        return features.masked_fill(hidden, 0.0)
+    if fill != "mean":
+        return features.masked_fill(hidden, 0.0 if fill == "zero" else fill)
     mean = full_precision(features.detach()).mean((1, 2), keepdim=True)
     return torch.where(hidden, mean.to(features.dtype), features)
 
@@ -245,3 +264,8 @@ def _mask(features: Tensor, masks: Tensor, dim: int, fill: Fill) -> Tensor:
 def _check_masks(name: str, masks: Tensor, samples: int) -> None:
     if masks.ndim != 3 or masks.shape[0] != samples or masks.shape[2] != 2:
         raise ValueError(f"{name} must have shape ({samples}, m, 2) for {samples} samples, got {tuple(masks.shape)}")
+
+
+def _check_fill(fill: object) -> None:
+    if fill not in get_args(Fill) and not (isinstance(fill, float | int) and math.isfinite(fill)):
+        raise ValueError(f"fill must be 'mean', 'zero' or a finite number, got {fill!r}")

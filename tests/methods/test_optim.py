@@ -25,6 +25,19 @@ def test_the_schedule_set_once_an_epoch(golden: Path, name: str, warmup: float) 
     np.testing.assert_allclose(np.reshape(found, expected.shape), expected, rtol=0, atol=1e-12)
 
 
+def test_the_schedule_that_falls_and_rises(golden: Path) -> None:
+    expected = np.load(golden / "scl" / "schedule.npz")
+    peak, floor, epochs, steps = 1e-4, float(expected["eta_min"]) / 1e-4, len(expected["lr_0.0001"]), 7
+    found = [peak * factor(i, epochs * steps, "cosine-40", 0.0, floor, epochs) for i in range(epochs * steps)]
+    assert (epochs, int(expected["T_max"])) == (400, 40)
+    np.testing.assert_allclose(found, expected["lr_0.0001"].repeat(steps), rtol=0, atol=1e-12)
+
+
+def test_the_schedule_that_falls_and_rises_has_no_warm_up() -> None:
+    with pytest.raises(ValueError, match=r"schedule 'cosine-40' has no warm-up, got warmup=0.1; leave it at 0"):
+        SoundClassifier(CNN6(), schedule="cosine-40", warmup=0.1)
+
+
 def test_the_released_moving_average_is_a_smaller_learning_rate(golden: Path) -> None:
     """Averaging the live weights with those before the step, by beta, is Adam at lr (1 - beta).
 
@@ -52,7 +65,7 @@ def test_a_short_warm_up_is_an_epoch_at_least() -> None:
     assert factor(0, 8, "epoch-cosine", warmup=0.1, epochs=4) == pytest.approx(0.1)
 
 
-def fit(root: Path, folder: Path, **options: Any) -> list[float]:
+def fit(root: Path, folder: Path, schedule: Any = "epoch-cosine", **options: Any) -> list[float]:
     """Train, and return the learning rate of each step."""
     found: list[float] = []
 
@@ -63,7 +76,7 @@ def fit(root: Path, folder: Path, **options: Any) -> list[float]:
     data = ICBHIDataModule(root, batch_size=4, duration=0.5, val_fraction=0.0)
     limits = {"max_epochs": 3, "limit_train_batches": 2} | options
     trainer = Trainer(default_root_dir=folder, logger=False, enable_progress_bar=False, accelerator="cpu", **limits)
-    trainer.fit(Watched(CNN6(), lr=1.0, schedule="epoch-cosine", lr_floor=0.5), datamodule=data)
+    trainer.fit(Watched(CNN6(), lr=1.0, schedule=schedule, lr_floor=0.5), datamodule=data)
     return found
 
 
@@ -71,6 +84,12 @@ def test_the_trainer_follows_it(icbhi_root: Path, tmp_path: Path) -> None:
     assert fit(icbhi_root, tmp_path) == pytest.approx([0.875, 0.875, 0.625, 0.625, 0.5, 0.5])
 
 
-def test_it_needs_epochs(icbhi_root: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="counts epochs; give Trainer max_epochs"):
-        fit(icbhi_root, tmp_path, max_steps=4)
+def test_the_trainer_follows_the_one_that_falls_and_rises(icbhi_root: Path, tmp_path: Path) -> None:
+    expected = [0.75 + 0.25 * np.cos(np.pi * epoch / 40) for epoch in (0, 0, 1, 1, 2, 2)]
+    assert fit(icbhi_root, tmp_path, "cosine-40") == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["epoch-cosine", "cosine-40"])
+def test_it_needs_epochs(icbhi_root: Path, tmp_path: Path, schedule: str) -> None:
+    with pytest.raises(ValueError, match=f"schedule '{schedule}' counts epochs; give Trainer max_epochs"):
+        fit(icbhi_root, tmp_path, schedule, max_steps=4)

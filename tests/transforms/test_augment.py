@@ -66,17 +66,17 @@ class TestGivenMasks:
         if seed == 1:
             np.testing.assert_allclose(masked, expected["s1_y"], rtol=0, atol=1e-6)
 
-    @pytest.mark.parametrize("fill", ["mean", "zero"])
+    @pytest.mark.parametrize("fill", ["mean", "zero", -14.47, 3])
     def test_fills_as_a_loop_over_clips_and_masks_does(self, device: str, fill: Any) -> None:
         features = noise(3, 20, 12)
         freq = torch.tensor([[[0, 3], [2, 4]], [[5, 0], [11, 1]], [[0, 12], [3, 2]]])  # overlap, none, all of it
         time = torch.tensor([[[18, 2]], [[0, 0]], [[15, 9]]])  # to the end, none, beyond the end
         expected = features.clone().numpy()
         for clip, of_bins, of_frames in zip(expected, freq.tolist(), time.tolist(), strict=True):
-            value = clip.mean() if fill == "mean" else 0.0
+            value = clip.mean() if fill == "mean" else 0.0 if fill == "zero" else fill
             for start, width in of_bins:
                 clip[:, start : start + width] = value
-            value = clip.mean() if fill == "mean" else 0.0
+            value = clip.mean() if fill == "mean" else 0.0 if fill == "zero" else fill
             for start, width in of_frames:
                 clip[start : start + width] = value
         masked = spec_augment(features.to(device), freq.to(device), time.to(device), fill)
@@ -111,7 +111,7 @@ class TestGivenMasks:
             pytest.param(torch.ones(1, 4, 4).int(), NO_MASKS, "mean", "floating point", id="integers"),
             pytest.param(noise(2, 4, 4), NO_MASKS, "mean", r"freq_masks must have shape \(2, m, 2\)", id="one-sample"),
             pytest.param(noise(1, 4, 4), torch.ones(1, 2), "mean", "freq_masks must have shape", id="one-mask"),
-            pytest.param(noise(1, 4, 4), NO_MASKS, "max", "fill must be one of 'mean', 'zero'", id="fill"),
+            pytest.param(noise(1, 4, 4), NO_MASKS, "max", "fill must be 'mean', 'zero' or a finite", id="fill"),
         ],
     )
     def test_refuses_what_does_not_fit(self, features: Tensor, masks: Tensor, fill: Any, message: str) -> None:
@@ -137,16 +137,32 @@ class TestDraws:
             assert len(counts) == size - width + 1
             assert chisquare(counts).pvalue > 1e-3
 
+    def test_masks_that_end_before_the_last(self) -> None:
+        augment = SpecAugment("icbhi_sup", fill="zero", to_end=False, freq_width=10, time_width=30)  # 30 frames
+        hidden = augment(torch.ones(20000, 30, 12), generator=seeded()) == 0
+        assert not hidden[:, -1, -1].any()  # hidden by any mask that reaches the end of its axis
+        assert hidden[:, -2, -1].any()
+        assert hidden[:, -1, -2].any()
+
     @pytest.mark.parametrize("p", [0.0, 0.2, 1.0])
-    @pytest.mark.parametrize("reference_gate", [False, True], ids=["uniform", "reference"])
-    def test_gate_lets_its_share_through(self, p: float, reference_gate: bool) -> None:
+    @pytest.mark.parametrize("gate", ["uniform", "normal"])
+    def test_gate_lets_its_share_through(self, p: float, gate: Any) -> None:
         # So many masks that one of them is certain to have a width.
-        augment = SpecAugment(
-            p=p, reference_gate=reference_gate, freq_masks=9, freq_width=30, time_masks=0, fill="zero"
-        )
+        augment = SpecAugment(p=p, gate=gate, freq_masks=9, freq_width=30, time_masks=0, fill="zero")
         share = (augment(torch.ones(20000, 1, 30), generator=seeded()) == 0).any(2).float().mean().item()
-        expected = NormalDist().cdf(p) if reference_gate else p  # 0.8413 at p = 1
+        expected = p if gate == "uniform" else NormalDist().cdf(p)  # 0.8413 at p = 1
         assert share == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 20000))
+
+    def test_gate_of_the_batch_lets_all_or_none_through(self) -> None:
+        augment, generator = (
+            SpecAugment(p=0.5, gate="normal-batch", freq_masks=9, freq_width=30, time_masks=0),
+            seeded(),
+        )
+        numbers = torch.arange(60.0).reshape(2, 1, 30)
+        changed = torch.stack([(augment(numbers, generator) != numbers).any(2)[:, 0] for _ in range(4000)])
+        assert torch.equal(changed[:, 0], changed[:, 1])
+        expected = NormalDist().cdf(0.5)
+        assert changed[:, 0].float().mean().item() == pytest.approx(expected, abs=0.03)
 
     def test_every_sample_and_every_call_has_its_own(self) -> None:
         augment, generator = SpecAugment(fill="zero"), seeded()
@@ -239,9 +255,10 @@ class TestModule:
         assert augmented.isfinite().all()
 
     @pytest.mark.parametrize("policy", ["LD", "icbhi_ast_sup"])
-    def test_asks_the_device_for_no_value(self, policy: Any) -> None:
+    @pytest.mark.parametrize("gate", ["uniform", "normal-batch"])
+    def test_asks_the_device_for_no_value(self, policy: Any, gate: Any) -> None:
         features = torch.empty(3, 200, 64, device="meta")  # has none to give
-        assert SpecAugment(policy)(features).shape == (3, 200, 64)
+        assert SpecAugment(policy, gate=gate)(features).shape == (3, 200, 64)
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -255,8 +272,9 @@ class TestModule:
             torch.cuda.set_sync_debug_mode("default")
         assert augmented.isfinite().all()
 
-    def test_comes_back_from_its_description(self) -> None:
-        augment = SpecAugment("SM", p=0.7, fill="zero", time_warp=3)
+    @pytest.mark.parametrize("fill", ["zero", -14.47])
+    def test_comes_back_from_its_description(self, fill: Any) -> None:
+        augment = SpecAugment("SM", p=0.7, fill=fill, gate="normal-batch", time_warp=3)
         again = build(describe(augment), Transform, "augment")
         features = noise(4, 100, 64)
         assert torch.equal(augment(features, generator=seeded()), again(features, generator=seeded()))
@@ -265,7 +283,9 @@ class TestModule:
         ("options", "message"),
         [
             ({"policy": "LS"}, "policy must be one of 'LB', .*, got 'LS'"),
-            ({"fill": "max"}, "fill must be one of 'mean', 'zero', got 'max'"),
+            ({"fill": "max"}, "fill must be 'mean', 'zero' or a finite number, got 'max'"),
+            ({"fill": math.inf}, "fill must be 'mean', 'zero' or a finite number, got inf"),
+            ({"gate": True}, "gate must be one of 'uniform', 'normal', 'normal-batch', got True"),
             ({"p": 1.5}, r"p must lie in \[0, 1\], got 1.5"),
             ({"p": math.nan}, r"p must lie in \[0, 1\], got nan"),
             ({"time_width": -1}, "time_width must not be negative, got -1"),

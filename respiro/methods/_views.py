@@ -1,0 +1,109 @@
+"""Two augmented views of each sample, from one extraction of its features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from respiro.component import Component, Transform, build, describe
+from respiro.errors import LabelError, check_choice
+from respiro.methods.classifier import SoundClassifier
+from respiro.models import Projector
+from respiro.transforms import LogMelSpectrogram, SpecAugment
+
+__all__ = ["TwoViews", "ViewForward", "labels_of", "weighed"]
+
+ViewForward = Literal["separate", "concat"]
+#: Size of the space in which views are compared (Moummad and Farrugia, 2022).
+PROJECTION = 128
+
+
+class TwoViews(SoundClassifier):
+    """What methods share that compare two views of each sample."""
+
+    view_forward: ViewForward
+
+    def _set_view_forward(self, view_forward: ViewForward) -> None:
+        check_choice("view_forward", view_forward, get_args(ViewForward))
+        self.view_forward = view_forward
+        self.save_hyperparameters({"view_forward": view_forward})
+
+    def _projector(self, projector: Component | None, argument: str = "projector") -> Component:
+        size = self.backbone.num_features
+        default = Projector(size, out_features=PROJECTION, batch_norm=False)
+        built = build(default if projector is None else projector, Component, argument)
+        if getattr(built, "in_features", size) != size:
+            raise ValueError(f"{argument} takes {built.in_features} features, the backbone gives {size}")
+        return built
+
+    def _set_projector(self, projector: Component | None) -> None:
+        self.projector = self._projector(projector)
+        self.save_hyperparameters({"projector": describe(self.projector)})
+
+    def _default_augment(self) -> Transform:
+        """Return the masks of Moummad and Farrugia (2022), filled with the minimum of a clip where that is known."""
+        scaled = isinstance(self.features, LogMelSpectrogram) and self.features.normalize.endswith("minmax")
+        fill: Any = -self.features.mean / self.features.std if scaled else "mean"
+        return SpecAugment("icbhi_sup", time_width=40, fill=fill)
+
+    @property
+    def contrasted(self) -> tuple[str, ...]:
+        """Keys in the batch of the labels that are contrasted."""
+        return ()
+
+    def setup(self, stage: str) -> None:
+        """Check also that the labels to be contrasted are of use."""
+        super().setup(stage)
+        records = getattr(getattr(self.trainer, "datamodule", None), "protocol", {}).get("metadata", {})
+        for key in self.contrasted:
+            if problem := records.get(key, {}).get("problem"):
+                raise LabelError(f"there is nothing to contrast by {key!r}: {problem}")
+
+    def views(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return two augmented views of the features of waveforms ``(B, S)``, each ``(B, T, F)``."""
+        if isinstance(self.waveform_augment, nn.Identity):
+            features = self.features(waveform)
+            return self.augment(features), self.augment(features)
+        one, other = (self.augment(self.features(self.waveform_augment(waveform))) for _ in range(2))
+        return one, other
+
+    def encode(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the embeddings of both views of a batch, first all of one, then all of the other ``(2B, D)``."""
+        views = self.views(batch["waveform"])
+        if self.view_forward == "concat":
+            embeddings: Tensor = self.backbone(torch.cat(views))
+            return embeddings
+        # Batch norm takes its statistics from each view by itself.
+        return torch.cat([self.backbone(view) for view in views])
+
+
+def labels_of(batch: Mapping[str, Tensor], key: str) -> Tensor:
+    """Return the labels of both views of a batch ``(2B,)``.
+
+    Raises:
+        LabelError: If the batch has no such labels.
+    """
+    if key not in batch:
+        raise LabelError(
+            f"the batches have no labels {key!r}, only {', '.join(batch)}; "
+            f"give the datamodule metadata={{{key!r}: [...]}} with the columns that they are made of"
+        )
+    return batch[key].repeat(2)
+
+
+def weighed(loss: nn.Module, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a loss, and what is to be logged of it: its terms, and how many anchors it left out."""
+    if hasattr(loss, "terms"):
+        terms: dict[str, Tensor] = loss.terms(*inputs)
+        total: Tensor = loss.total(terms)
+    else:
+        terms, total = {}, loss(*inputs)
+    left_out: Any = getattr(loss, "left_out", {})
+    if isinstance(left_out, Tensor):
+        left_out = {"": left_out}
+    logged = {f"train_{name}": term for name, term in terms.items()}
+    counts = {f"train_left_out_{name}".rstrip("_"): count.float() for name, count in left_out.items()}
+    return total, logged | counts
