@@ -23,6 +23,7 @@ from respiro.errors import DownloadError
 
 BODY = bytes(range(256)) * 2000
 DIGEST = hashlib.sha256(BODY).hexdigest()
+MD5 = hashlib.md5(BODY).hexdigest()
 
 
 @dataclass
@@ -133,7 +134,7 @@ def test_fetch_writes_the_file_and_nothing_else(site: Site, tmp_path: Path, caps
 
 def test_a_complete_file_is_not_asked_for_again(site: Site, tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(BODY)
-    for known in ({}, {"size": len(BODY)}, {"sha256": DIGEST}):
+    for known in ({}, {"size": len(BODY)}, {"sha256": DIGEST}, {"md5": MD5.upper()}, {"sha256": DIGEST, "md5": MD5}):
         fetch(f"{site.url}/a", tmp_path / "a.zip", progress=False, **known)
     assert site.asked == []
 
@@ -202,8 +203,13 @@ def test_a_truncated_body_is_an_error(site: Site, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("expected", "message"),
-    [({"sha256": "0" * 64}, f"sha256 is {DIGEST}, published is {'0' * 64}"), ({"size": 5}, "offers 512000 bytes")],
-    ids=["sha256", "size"],
+    [
+        ({"sha256": "0" * 64}, f"sha256 is {DIGEST}, published is {'0' * 64}"),
+        ({"md5": "0" * 32}, f"md5 is {MD5}, published is {'0' * 32}"),
+        ({"sha256": DIGEST, "md5": "0" * 32}, f"md5 is {MD5}"),
+        ({"size": 5}, "offers 512000 bytes"),
+    ],
+    ids=["sha256", "md5", "one-of-two", "size"],
 )
 def test_another_file_than_published_is_removed(
     site: Site, tmp_path: Path, expected: dict[str, str | int], message: str
@@ -227,6 +233,12 @@ def test_the_beginning_of_a_digest_is_enough(site: Site, tmp_path: Path, digits:
 def test_what_is_no_digest_is_refused(sha256: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"sha256 must be 8 to 64 hexadecimal digits, got '{sha256}'"):
         fetch("https://example.org/a", tmp_path / "a.zip", sha256=sha256)
+
+
+@pytest.mark.parametrize("md5", ["", "0" * 31, "0" * 64, "g" * 32], ids=["empty", "short", "long", "letters"])
+def test_what_is_no_md5_is_refused(md5: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"md5 must be 32 hexadecimal digits, got '{md5}'"):
+        fetch("https://example.org/a", tmp_path / "a.zip", md5=md5)
 
 
 def test_two_that_fetch_one_file_at_once_fetch_it_once(site: Site, tmp_path: Path) -> None:

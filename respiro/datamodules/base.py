@@ -263,7 +263,7 @@ def _checked(metadata: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[st
     if metadata is None:
         return None
     if not isinstance(metadata, Mapping):
-        raise ValueError(f"metadata must map names to columns, as {{'sex_age': ['sex', 'age_group']}}, got {metadata!r}")
+        raise ValueError(f"metadata must map names to columns, such as {dict(METADATA)}, got {metadata!r}")
     for name in metadata:
         check_label_name(name)
     return {name: check_columns(columns) for name, columns in metadata.items()}

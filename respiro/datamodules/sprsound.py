@@ -47,8 +47,8 @@ class SPRSoundDataModule(RespiratoryDataModule):
         metadata: Columns of the cycles table by the batch key of the label that they make, alone or combined, such as
             ``{"device": ["device"]}``: see :func:`respiro.datasets.metadata_labels`. Default
             ``{"sex_age": ["sex", "age_group"]}``; ``{}`` for none.
-        age_threshold: Years, between the two values of ``age_group`` there. The default is that of Moummad and
-            Farrugia (2023) for SPRSound.
+        age_threshold: Years, between the two values of ``age_group`` there. The default is that of the code of
+            Moummad and Farrugia (2023) for SPRSound.
         merge_below: Train cycles that a combination needs to have a label of its own.
 
     Raises:

@@ -1,5 +1,6 @@
 """From a trained model to a score with its uncertainty and its protocol."""
 
+from respiro.evaluation.embeddings import plot_embeddings
 from respiro.evaluation.evaluate import Evaluation, evaluate
 from respiro.evaluation.statistics import bootstrap_by_patient, compare_paired
 
@@ -8,4 +9,5 @@ __all__ = [
     "bootstrap_by_patient",
     "compare_paired",
     "evaluate",
+    "plot_embeddings",
 ]

@@ -46,7 +46,7 @@ def multi_sup_con_loss(
         >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
         >>> labels = {"class": torch.tensor([0, 0, 1]), "sex": torch.tensor([0, 1, 1])}
         >>> multi_sup_con_loss({"class": z, "sex": z}, labels, {"class": 0.75, "sex": 0.25}, temperature=1.0)
-        tensor(0.4856)
+        tensor(0.4857)
     """
     _check_weights(weights)
     _check_tasks(weights, embeddings_by_task, labels_by_task)
@@ -136,7 +136,7 @@ class MultiSupConLoss(Loss):
         >>> loss = MultiSupConLoss({"class": 0.75, "sex": 0.25}, temperature=1.0)
         >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
         >>> loss({"class": z, "sex": z}, {"class": torch.tensor([0, 0, 1]), "sex": torch.tensor([0, 1, 1])})
-        tensor(0.4856)
+        tensor(0.4857)
     """
 
     def __init__(

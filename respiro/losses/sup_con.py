@@ -157,18 +157,22 @@ class SupConLoss(Loss):
 
     def _latest(self, batch: Samples) -> Samples:
         """Return the memory after this batch, the oldest first."""
-        old = self._remembered or Samples(*(x[:0] for x in batch))
-        return Samples(*(torch.cat([x.to(y), y.detach()])[-self.memory :] for x, y in zip(old, batch, strict=True)))
+        embeddings, labels = (x.detach() for x in batch)
+        if self._remembered is not None:
+            embeddings = torch.cat([self._remembered.embeddings.to(embeddings), embeddings])
+            labels = torch.cat([self._remembered.labels.to(labels), labels])
+        return Samples(embeddings[-self.memory :], labels[-self.memory :])
 
     # Not in buffers, whose size a strict load would have to know beforehand.
     def get_extra_state(self) -> dict[str, Tensor] | None:
         """Return the memory, or ``None`` while it is empty."""
-        return None if self._remembered is None else self._remembered._asdict()
+        return None if self._remembered is None else {k: x.clone() for k, x in self._remembered._asdict().items()}
 
     def set_extra_state(self, state: dict[str, Tensor] | None) -> None:
         """Take the memory from a checkpoint, as many samples as this loss keeps."""
-        keep = None if state is None or not self.memory else {k: x[-self.memory :] for k, x in state.items()}
-        self._remembered = None if keep is None else Samples(**keep)
+        self._remembered = None
+        if state is not None and self.memory:
+            self._remembered = Samples(**{name: x[-self.memory :] for name, x in state.items()})
 
 
 class NTXentLoss(Loss):

@@ -149,9 +149,10 @@ def _adam(
     weight = 1 / train.labels.bincount(minlength=num_classes)
     best, kept = float("-inf"), head.state_dict()
     for _ in range(epochs):
-        for rows in torch.randperm(len(train.labels)).split(batch):
+        for rows in torch.split(torch.randperm(len(train.labels)), batch):
             optimizer.zero_grad()
-            cross_entropy(head(train.embeddings[rows]), train.labels[rows], weight).backward()
+            loss = cross_entropy(head(train.embeddings[rows]), train.labels[rows], weight)
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         reached = 0.0 if score is None else score(head)
         if score is None or reached > best:

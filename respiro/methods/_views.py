@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from respiro.component import Component, Transform, build, describe
 from respiro.errors import LabelError, check_choice
+from respiro.losses import HybridSupConLoss, MultiSupConLoss
 from respiro.methods.classifier import SoundClassifier
 from respiro.models import Projector
 from respiro.transforms import LogMelSpectrogram, SpecAugment
@@ -45,9 +46,10 @@ class TwoViews(SoundClassifier):
 
     def _default_augment(self) -> Transform:
         """Return the masks of Moummad and Farrugia (2022), filled with the minimum of a clip where that is known."""
-        scaled = isinstance(self.features, LogMelSpectrogram) and self.features.normalize.endswith("minmax")
-        fill: Any = -self.features.mean / self.features.std if scaled else "mean"
-        return SpecAugment("icbhi_sup", time_width=40, fill=fill)
+        front = self.features
+        if isinstance(front, LogMelSpectrogram) and front.normalize.endswith("minmax"):
+            return SpecAugment("icbhi_sup", time_width=40, fill=-front.mean / front.std)
+        return SpecAugment("icbhi_sup", time_width=40)
 
     @property
     def contrasted(self) -> tuple[str, ...]:
@@ -96,11 +98,12 @@ def labels_of(batch: Mapping[str, Tensor], key: str) -> Tensor:
 
 def weighed(loss: nn.Module, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a loss, and what is to be logged of it: its terms, and how many anchors it left out."""
-    if hasattr(loss, "terms"):
-        terms: dict[str, Tensor] = loss.terms(*inputs)
-        total: Tensor = loss.total(terms)
+    terms: dict[str, Tensor] = {}
+    if isinstance(loss, MultiSupConLoss | HybridSupConLoss):
+        terms = loss.terms(*inputs)
+        total = loss.total(terms)
     else:
-        terms, total = {}, loss(*inputs)
+        total = loss(*inputs)
     left_out: Any = getattr(loss, "left_out", {})
     if isinstance(left_out, Tensor):
         left_out = {"": left_out}

@@ -34,7 +34,7 @@ class FittedHead(SoundClassifier):
     def setup(self, stage: str) -> None:
         """Check also that each class has a cycle to fit to."""
         super().setup(stage)
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and hasattr(data, "class_counts"):
             check_counts(data.class_counts, self.classes)
 
@@ -89,9 +89,9 @@ class LinearProbe(FittedHead):
         classes: Class names in the order of their labels.
         features: Front end the encoder was trained with; default as in :class:`SoundClassifier`.
         probe: ``"logistic"``: multinomial logistic regression with L2 regularisation on standardised embeddings.
-            ``"adam"``: the released probe of Moummad and Farrugia (2022): 100 epochs of Adam, learning rate 0.1, batches
-            of 128, the epoch chosen on the validation side. ``"knn"``: a vote of the nearest by cosine similarity. All
-            weigh the classes alike.
+            ``"adam"``: the released probe of Moummad and Farrugia (2022), 100 epochs of Adam at a learning rate of 0.1
+            in batches of 128, of which the one that scores best on the validation side is taken. ``"knn"``: a vote of
+            the nearest by cosine similarity. All weigh the classes alike.
         strength: Inverse of the regularisation of ``"logistic"``; positive.
         neighbors: Voters of ``"knn"``.
         scoring: ``"icbhi"`` or ``"sprsound"``.

@@ -15,8 +15,14 @@ _FIRST = "conv_block1.conv1.weight"
 _NETWORKS = {(5, 4): "CNN6", (3, 4): "CNN10", (3, 6): "CNN14"}
 #: Front end and classifier of AudioSet, and the projector of Moummad and Farrugia, whose layers have two names each.
 _UNUSED = (
-    *("spectrogram_extractor.", "logmel_extractor.", "fc1.", "fc_audioset."),
-    *("projector.", "linear1.", "linear2.", "bn."),
+    "spectrogram_extractor.",
+    "logmel_extractor.",
+    "fc1.",
+    "fc_audioset.",
+    "projector.",
+    "linear1.",
+    "linear2.",
+    "bn.",
 )
 
 
@@ -44,6 +50,6 @@ def convert(tensors: Mapping[str, Tensor], bn0: bool) -> Converted:
 
 def _looks_like(encoder: Mapping[str, Tensor]) -> str:
     kernel = encoder[_FIRST].shape[-1:].numel()
-    blocks = sum(name.endswith(".conv1.weight") for name in encoder)
+    blocks = len({name.split(".")[0] for name in encoder if name.startswith("conv_block")})
     network = _NETWORKS.get((kernel, blocks))
     return f"a checkpoint of {network}" if network else ""

@@ -9,7 +9,7 @@ __all__ = ["Weights", "WeightsFile"]
 
 _AST = "Gong et al., AST: Audio Spectrogram Transformer, Interspeech 2021"
 _PANNS = (
-    "Kong et al., PANNs: large-scale pretrained audio neural networks for audio pattern recognition, IEEE/ACM TASLP 2020"
+    "Kong et al., PANNs: large-scale pretrained audio neural networks for audio pattern recognition, TASLP 28, 2020"
 )
 
 
@@ -93,11 +93,11 @@ class Weights(Enum):
     DEIT_BASE_224 = _deit("base_distilled_patch16_224-df68dfff")
     #: Distilled DeiT of ImageNet: AST base384.
     DEIT_BASE_384 = _deit("base_distilled_patch16_384-d0272ac0")
-    #: CNN6 of AudioSet at 32 kHz (0.343 mAP). Zenodo, where the PANNs are published, gives MD5 digests.
+    #: CNN6 of AudioSet at 32 kHz (0.343 mAP). Zenodo, where PANNs are published, gives MD5 digests alone.
     PANNS_CNN6 = _panns("Cnn6_mAP=0.343.pth", "e25e26b84585b14c7754c91e48efc9be")
-    #: CNN10 of AudioSet at 32 kHz (0.380 mAP), known by its MD5 as well.
+    #: CNN10 of AudioSet at 32 kHz (0.380 mAP), known by its MD5 too.
     PANNS_CNN10 = _panns("Cnn10_mAP=0.380.pth", "bfb1f1f9968938fa8ef4012b8471f5f6", size=25_237_595)
-    #: CNN14 of AudioSet at 32 kHz (0.431 mAP). The SHA-256 is that of the file with Zenodo's MD5.
+    #: CNN14 of AudioSet at 32 kHz (0.431 mAP). Several projects have recorded its SHA-256.
     PANNS_CNN14 = _panns(
         "Cnn14_mAP=0.431.pth",
         "541141fa2ee191a88f24a3219fff024e",

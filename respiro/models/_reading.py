@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,17 +13,17 @@ from torch import Tensor
 
 from respiro.errors import WeightsError
 
-__all__ = ["named_tensors", "read"]
+__all__ = ["read"]
 
 
 class _NotNeeded:
     """Takes the place of what is neither tensor nor plain data, and keeps nothing of it."""
 
-    def __new__(cls, *args: object) -> _NotNeeded:
-        return super().__new__(cls)
+    def __init__(self, *args: object) -> None:
+        """Accept any arguments."""
 
     def __setstate__(self, state: object) -> None:
-        """Drop it."""
+        """Accept any state."""
 
 
 def _stand_in(path: str) -> type[_NotNeeded]:
@@ -30,9 +31,9 @@ def _stand_in(path: str) -> type[_NotNeeded]:
     return type(name, (_NotNeeded,), {"__module__": module})
 
 
-#: What research code saves beside its weights: the command line, and arrays, numbers and random states of numpy.
-#: torch would build them if it were allowed to; an array made by a file of ill intent points anywhere in memory.
-_STAND_INS = [
+#: What research code saves beside its weights: the command line; arrays, numbers and random states of numpy, by their
+#: names in numpy 1 and 2. None of them is built, as numpy believes what a file says of an array, true or not.
+_STAND_INS: list[Any] = [
     _stand_in(path)
     for path in (
         "argparse.Namespace",
@@ -40,18 +41,27 @@ _STAND_INS = [
         "numpy.dtype",
         *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
         "numpy.random.__RandomState_ctor",
-        *(f"numpy.random._pickle.{kind}_ctor" for kind in ("__randomstate", "__generator", "__bit_generator")),
-        *(f"numpy.random.{name}" for name in ("_mt19937.MT19937", "_pcg64.PCG64")),
+        "numpy.random._pickle.__randomstate_ctor",
+        "numpy.random._pickle.__bit_generator_ctor",
+        "numpy.random._mt19937.MT19937",
     )
 ]
 
 
-def read(path: Path) -> Any:
-    """Return what a file of ``torch.save`` or of safetensors holds.
+def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Return what a file of ``torch.save`` or of safetensors holds, and its tensors: nested ones by their joined names.
 
     Raises:
-        WeightsError: If it is damaged, or holds what could run code.
+        WeightsError: If it is damaged, holds what could run code, or no tensor with a name.
     """
+    content = _content(path)
+    tensors = dict(_named(content, ""))
+    if not tensors:
+        raise WeightsError(f"{path} holds no weights: there are no tensors with a name in it")
+    return content, tensors
+
+
+def _content(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -63,7 +73,8 @@ def read(path: Path) -> Any:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # whatever a damaged file makes the readers raise
-        cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        cause = f"it names {named[1]}" if named else f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
         raise WeightsError(
             f"{path} cannot be read as weights: it is damaged or incomplete, or it holds more than tensors and plain "
             f"data, which could run code and is not read ({cause}). "
@@ -71,10 +82,9 @@ def read(path: Path) -> Any:
         ) from error
 
 
-def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Find every tensor of a file; those in nested dictionaries by their joined names."""
+def _named(content: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     for key, value in content.items() if isinstance(content, Mapping) else ():
         if isinstance(value, Tensor):
             yield f"{name}{key}", value
         else:
-            yield from named_tensors(value, f"{name}{key}.")
+            yield from _named(value, f"{name}{key}.")

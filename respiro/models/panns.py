@@ -5,16 +5,22 @@ Parameters bear the names of the released AudioSet checkpoints (``conv_block1.co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from respiro.component import Backbone
+from respiro.models import _panns_weights
+from respiro.models.weights import Converted
 
 __all__ = ["CNN6", "CNN10", "CNN14"]
 
 Orientation = Literal["freq_first", "time_first"]
+
+#: Mel bins of PANNs' features, each of which its first batch norm scales.
+_MEL_BINS = 64
 
 
 class ConvBlock(nn.Module):
@@ -58,13 +64,14 @@ class _PANN(Backbone):
     kernel_size: ClassVar[int]
     convolutions: ClassVar[int]
 
-    def __init__(self, orientation: Orientation = "freq_first", dropout: float = 0.0) -> None:
+    def __init__(self, orientation: Orientation = "freq_first", dropout: float = 0.0, bn0: bool = False) -> None:
         super().__init__()
         if orientation not in get_args(Orientation):
             raise ValueError(f"orientation must be 'freq_first' or 'time_first', got {orientation!r}")
         self.orientation = orientation
         self.num_features = self.widths[-1]
         self.dropout = nn.Dropout(dropout)
+        self.bn0 = nn.BatchNorm1d(_MEL_BINS) if bn0 else None
         for number, (inputs, outputs) in enumerate(zip((1, *self.widths), self.widths, strict=False), start=1):
             self.add_module(f"conv_block{number}", ConvBlock(inputs, outputs, self.kernel_size, self.convolutions))
 
@@ -84,25 +91,43 @@ class _PANN(Backbone):
                 f"features have {features.shape[1]} frames of {features.shape[2]} bins, but {type(self).__name__} "
                 f"needs at least {smallest} of each; use longer clips, a shorter hop or more mel bins"
             )
-        return (features.transpose(1, 2) if self.orientation == "freq_first" else features).unsqueeze(1)
+        x = features.transpose(1, 2)
+        if self.bn0 is not None:
+            if x.shape[1] != _MEL_BINS:
+                raise ValueError(
+                    f"features must have the {_MEL_BINS} mel bins that bn0 scales, got {x.shape[1]}; "
+                    f"use {_MEL_BINS} mel bins, or bn0=False"
+                )
+            x = self.bn0(x)
+        return (x if self.orientation == "freq_first" else x.transpose(1, 2)).unsqueeze(1)
+
+    def convert_weights(self, tensors: Mapping[str, Tensor]) -> Converted:
+        """Return the tensors of a file as this model holds them, for :func:`respiro.models.load_weights`."""
+        return _panns_weights.convert(tensors, bn0=self.bn0 is not None)
 
 
 class CNN6(_PANN):
     """CNN6 of the PANNs: four blocks of one 5×5 convolution (4.3 million parameters).
 
-    The embedding is the mean over one axis of the last map, then the maximum plus the mean over the other.
+    The embedding is the mean over one axis of the last map, then the maximum plus the mean over the other. Weights are
+    random; :func:`respiro.models.load_weights` fills them from AudioSet, from a state dict, or from a checkpoint of the
+    released code of Moummad and Farrugia (2022).
 
     Args:
         orientation: ``"freq_first"`` sees images ``(F, T)``, averages over time and then pools over frequency, as all
-            released ICBHI code of Moummad and Farrugia (2022) does. ``"time_first"`` sees images ``(T, F)``, averages
-            over frequency and then pools over time, as PANNs does; AudioSet kernels then lie as they were trained.
+            released ICBHI code of Moummad and Farrugia (2022) does; AudioSet kernels are loaded as they are, and so lie
+            transposed. ``"time_first"`` sees images ``(T, F)``, averages over frequency and then pools over time, as
+            PANNs does; AudioSet kernels then lie as they were trained.
         dropout: Share of the values dropped after each block in training; PANNs used 0.2.
+        bn0: Whether each of 64 mel bins passes PANNs' first batch norm before the blocks. PANNs were trained with it on
+            log-mel spectrograms in dB, not standardised; the code of Moummad and Farrugia leaves it out.
 
     Shape:
-        features ``(B, T, F)``, T and F at least 16; returns embeddings ``(B, 512)``.
+        features ``(B, T, F)``, T and F at least 16, F 64 with *bn0*; returns embeddings ``(B, 512)``.
 
     Raises:
-        ValueError: If *orientation* is unknown, or the features are too small for the pooling.
+        ValueError: If *orientation* is unknown, the features are too small for the pooling, or have other than 64 mel
+            bins with *bn0*.
 
     Source:
         Kong et al., "PANNs: large-scale pretrained audio neural networks for audio pattern recognition", IEEE/ACM
@@ -126,9 +151,10 @@ class CNN10(_PANN):
     Args:
         orientation: As in :class:`CNN6`.
         dropout: As in :class:`CNN6`.
+        bn0: As in :class:`CNN6`.
 
     Shape:
-        features ``(B, T, F)``, T and F at least 16; returns embeddings ``(B, 512)``.
+        features ``(B, T, F)``, T and F at least 16, F 64 with *bn0*; returns embeddings ``(B, 512)``.
     """
 
     widths = (64, 128, 256, 512)
@@ -143,9 +169,10 @@ class CNN14(_PANN):
     Args:
         orientation: As in :class:`CNN6`.
         dropout: As in :class:`CNN6`.
+        bn0: As in :class:`CNN6`.
 
     Shape:
-        features ``(B, T, F)``, T and F at least 32; returns embeddings ``(B, 2048)``.
+        features ``(B, T, F)``, T and F at least 32, F 64 with *bn0*; returns embeddings ``(B, 2048)``.
     """
 
     widths = (64, 128, 256, 512, 1024, 2048)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import os
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from respiro.download import cache_folder, fetch, file_sha256
 from respiro.errors import WeightsError
+from respiro.models._published import Weights, WeightsFile
+from respiro.models._reading import read
 
 __all__ = ["Converted", "LoadReport", "Weights", "WeightsFile", "load_weights"]
 
@@ -72,12 +70,16 @@ def load_weights(
 ) -> LoadReport:
     """Fill a backbone, or the backbone of a method, with pretrained weights: all of it, or nothing.
 
+    The file is a published one, a state dict, or the checkpoint of a respiro method, of which the backbone is taken.
+    Any backbone can be filled from such a checkpoint; the records of its trainings come along in ``history``. Weights
+    are taken as they are: build the backbone with the arguments it was trained with.
+
     A file that also holds a classifier of the method's kind fills the head too; to load the encoder alone, pass
     ``model.backbone``. What was loaded is noted in ``pretrained`` of the backbone. Only tensors and plain data are read
     from a file, so it cannot run code.
 
     Args:
-        model: A backbone that takes published weights (it has ``convert_weights``), or a method with such a backbone.
+        model: A backbone, or a method with one. It takes published weights if it has ``convert_weights``.
         source: Published weights, their name, or the path of a ``.safetensors`` or ``torch.save`` file. Published files
             are downloaded once.
         cache_dir: Folder of all caches, where downloads are kept under ``weights``; by default the environment variable
@@ -89,28 +91,28 @@ def load_weights(
 
     Raises:
         WeightsError: If the file is not there or cannot be read, if the backbone takes no published weights, or if a
-            tensor is missing, unknown, of another shape or not finite. The model is then as it was.
+            tensor is missing, unknown, of another shape, not finite, or of integers where the model has floating point.
+            The model is then as it was.
         DownloadError: If the file cannot be downloaded, or is not what was published.
 
     Example:
         >>> import tempfile
-        >>> from respiro.models import AST
-        >>> ast = AST("tiny224", num_mel_bins=64, frames=98)
+        >>> import torch
+        >>> from respiro.models import CNN6
+        >>> cnn = CNN6()
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     torch.save(ast.state_dict(), f"{folder}/ast.pth")
-        ...     report = load_weights(ast, f"{folder}/ast.pth")
+        ...     torch.save(cnn.state_dict(), f"{folder}/cnn6.pth")
+        ...     report = load_weights(cnn, f"{folder}/cnn6.pth")
         >>> len(report.matched), report.missing, report.unexpected
-        (151, [], [])
+        (24, [], [])
     """
     backbone: Any = getattr(model, "backbone", model)
-    if not hasattr(backbone, "convert_weights"):
-        raise WeightsError(
-            f"{type(backbone).__name__} takes no published weights: it has no method convert_weights. "
-            f"Load a state dict of its own with load_state_dict instead"
-        )
-    name, path = _locate(source, cache_dir, progress)
-    tensors = _read(path)
-    converted: Converted = backbone.convert_weights(tensors)
+    name, path, digest = _locate(source, backbone, cache_dir, progress)
+    content, tensors = read(path)
+    ours = _is_checkpoint(content)
+    if not ours:
+        _check_converts(backbone)
+    converted: Converted = _parts(content, tensors) if ours else backbone.convert_weights(tensors)
     prefix = "" if backbone is model else "backbone."
     own = _tensors(backbone, prefix)
     new = {prefix + key: tensor for key, tensor in converted.encoder.items()}
@@ -124,7 +126,10 @@ def load_weights(
     if refusal := _refusal(own, new, _call(backbone), converted.looks_like):
         raise WeightsError(f"{name} {refusal}")
     model.load_state_dict(new, strict=False)  # the other parts of a method come from no file
-    backbone.pretrained = {"source": name, "sha256": file_sha256(path)}
+    backbone.pretrained = {"source": name, "sha256": digest or file_sha256(path)}
+    if ours:
+        earlier = list(content["respiro"].get("history", []))
+        backbone.history = earlier + [record for record in getattr(backbone, "history", ()) if record not in earlier]
     return LoadReport(list(new), missing, unexpected, name, backbone.pretrained["sha256"])
 
 
@@ -134,56 +139,62 @@ def _tensors(module: Any, prefix: str) -> dict[str, Tensor]:
 
 
 def _locate(
-    source: Weights | WeightsFile | str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None, progress: bool
-) -> tuple[str, Path]:
-    """Return the name of the weights and the path of their file, which is downloaded if necessary."""
+    source: Weights | WeightsFile | str | os.PathLike[str],
+    backbone: nn.Module,
+    cache_dir: str | os.PathLike[str] | None,
+    progress: bool,
+) -> tuple[str, Path, str | None]:
+    """Return the name of the weights, the path of their file, downloaded if necessary, and its SHA-256 if known."""
     if isinstance(source, str) and source in Weights.__members__ and not Path(source).is_file():
         source = Weights[source]
     if isinstance(source, Weights | WeightsFile):
+        _check_converts(backbone)
         file = source.value if isinstance(source, Weights) else source
         path = cache_folder(cache_dir) / "weights" / file.name
-        return source.name, fetch(file.url, path, sha256=file.sha256, size=file.size, progress=progress)
+        fetch(file.url, path, sha256=file.sha256, md5=file.md5, size=file.size, progress=progress)
+        whole = file.sha256 if file.sha256 and len(file.sha256) == 64 else None  # which fetch has compared
+        return source.name, path, whole and whole.lower()
     path = Path(source).expanduser()
     if not path.is_file():
         names = ", ".join(Weights.__members__)
         raise WeightsError(f"no weights: {path} is not a file, nor one of the published {names}")
-    return str(path), path
+    return str(path), path, None
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """Return every tensor of a file; those in nested dictionaries by their joined names."""
-    content: Any
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            archive = zipfile.is_zipfile(path)
-            if archive and (damaged := zipfile.ZipFile(path).testzip()):  # torch compares no checksums
-                raise ValueError(f"checksum of {damaged}")
-            # Research code saves its command line beside the weights; a Namespace is plain data.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
+def _check_converts(backbone: nn.Module) -> None:
+    if not hasattr(backbone, "convert_weights"):
         raise WeightsError(
-            f"{path} cannot be read as weights: it is damaged or incomplete, or it holds more than tensors and plain "
-            f"data, which could run code and is not read ({cause}). "
-            f"Fetch it again, or save the state dict alone"
-        ) from error
-    tensors = dict(_named(content, ""))
-    if not tensors:
-        raise WeightsError(f"{path} holds no weights: there are no tensors with a name in it")
-    return tensors
+            f"{type(backbone).__name__} takes no published weights: it has no method convert_weights. "
+            f"Load a checkpoint of a respiro method, or a state dict of its own with load_state_dict"
+        )
 
 
-def _named(content: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    for key, value in content.items() if isinstance(content, Mapping) else ():
-        if isinstance(value, Tensor):
-            yield f"{name}{key}", value
-        else:
-            yield from _named(value, f"{name}{key}.")
+def _is_checkpoint(content: Any) -> bool:
+    """Whether a file was written by a respiro method."""
+    parts = ("respiro", "hyper_parameters", "state_dict")
+    return isinstance(content, Mapping) and all(isinstance(content.get(part), Mapping) for part in parts)
+
+
+def _parts(checkpoint: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Converted:
+    """Return backbone and head of a method; its loss, projector and metrics are of no use elsewhere."""
+    state = [name for name in tensors if name.startswith("state_dict.")]
+    backbone, head = (
+        {name.removeprefix(prefix): name for name in state if name.startswith(prefix)}
+        for prefix in ("state_dict.backbone.", "state_dict.head.")
+    )
+    used = {*backbone.values(), *head.values()}
+    method, encoder = checkpoint["respiro"], checkpoint["hyper_parameters"].get("backbone")
+    return Converted(
+        {name: tensors[name_in_file] for name, name_in_file in backbone.items()},
+        head,
+        [name for name in state if name not in used],
+        f"a checkpoint of {_class_name(method)} with {_class_name(encoder)}",
+    )
+
+
+def _class_name(spec: Any) -> str:
+    path = spec.get("class_path") if isinstance(spec, Mapping) else None
+    return str(path).rpartition(".")[2] if path else "an unknown class"
 
 
 def _refusal(own: Mapping[str, Tensor], new: Mapping[str, Tensor], model: str, looks_like: str) -> str:
@@ -196,6 +207,11 @@ def _refusal(own: Mapping[str, Tensor], new: Mapping[str, Tensor], model: str, l
             f"{name} {tuple(new[name].shape)} instead of {tuple(tensor.shape)}"
             for name, tensor in own.items()
             if name in new and new[name].shape != tensor.shape
+        ],
+        "of another type": [
+            f"{name} {new[name].dtype} instead of {own[name].dtype}"
+            for name in fits
+            if new[name].is_floating_point() != own[name].is_floating_point()
         ],
         "not finite": [name for name in fits if not new[name].isfinite().all()],
     }

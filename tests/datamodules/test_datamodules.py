@@ -57,7 +57,9 @@ def test_the_protocol_record_is_plain_and_complete(icbhi_root: Path, protocol: s
     record = json.loads(json.dumps(data.protocol))
     assert record == data.protocol
     assert record["leaky"] is leaky
-    assert {"dataset", "protocol", "labels", "classes", "select_on", "seed", "partial", "audio"} <= set(record)
+    assert {"dataset", "protocol", "labels", "classes", "select_on", "seed", "partial", "audio", "metadata"} <= set(
+        record
+    )
     assert record["dataset"] == "ICBHI"
     assert record["seed"] == 3
     if protocol != "random-recording":
@@ -105,7 +107,7 @@ def test_batches_have_the_documented_keys_and_types(icbhi_root: Path) -> None:
     assert batch["waveform"].shape == (3, 16000)
     assert batch["waveform"].dtype == batch["quality"].dtype == torch.float32
     assert torch.isnan(batch["quality"]).all()
-    for name in ("label", "index", "length", "patient", "device", "location", "sex", "age_group"):
+    for name in ("label", "index", "length", "patient", "device", "location", "sex", "age_group", "sex_age"):
         assert batch[name].dtype == torch.int64, name
         assert batch[name].shape == (3,)
     rows = data.train_set.all_cycles.loc[batch["index"]]

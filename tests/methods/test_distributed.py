@@ -110,3 +110,67 @@ def test_two_processes_draw_differently_and_stay_together(icbhi_root: Path, tmp_
     drawn = [json.dumps(draw) for draw in first["draws"] + second["draws"]]
     assert len(set(drawn)) == len(drawn)  # neither another step nor another process draws the same
     assert first["weights"] == second["weights"]
+
+
+PROBING = """
+import json, sys
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from respiro.datamodules import ICBHIDataModule
+from respiro.losses import MultiSupConLoss
+from respiro.methods import MSCL, LinearProbe
+from respiro.models import CNN6
+from respiro.transforms import LogMelSpectrogram, SpecAugment
+
+torch.set_num_threads(1)
+root, devices, output = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+features = LogMelSpectrogram(hop_length=500, n_mels=16)
+settings = dict(devices=devices, accelerator="cpu", strategy="ddp" if devices > 1 else "auto", logger=False,
+                enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+found = {}
+
+def data():
+    return ICBHIDataModule(root, batch_size=4, duration=0.5, val_fraction=0.3, drop_last=True)
+
+for probe in ("logistic", "adam", "knn"):
+    seed_everything(0, verbose=False)
+    model = LinearProbe(CNN6(), features=features, probe=probe)
+    trainer = Trainer(**settings)
+    trainer.fit(model, datamodule=data())
+    state = model.head.state_dict()
+    found[probe] = [tensor.double().abs().sum().item() for tensor in state.values()]
+    found[probe + " score"] = trainer.callback_metrics["val_score"].item()
+
+seed_everything(0, verbose=False)
+model = MSCL(CNN6(), features=features, augment=SpecAugment("icbhi_sup", freq_width=4, time_width=4),
+             loss=MultiSupConLoss(gather=True, memory=16))
+trainer = Trainer(max_epochs=1, limit_train_batches=2, **settings)
+trainer.fit(model, datamodule=data())
+memory = model.loss.losses["class"].get_extra_state()["embeddings"]
+found["trained"] = [float(sum(p.detach().double().abs().sum() for p in model.parameters())), memory.sum().item()]
+open(f"{output}/{devices}_{trainer.global_rank}.json", "w").write(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def probing(icbhi_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    folder = tmp_path_factory.mktemp("probing")
+    script = folder / "script.py"
+    script.write_text(PROBING)
+    for devices in ("1", "2"):
+        command = [sys.executable, str(script), str(icbhi_root), devices, str(folder)]
+        subprocess.run(command, check=True, timeout=600, cwd=folder, capture_output=True)
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.parametrize("probe", ["logistic", "adam", "knn"])
+def test_two_processes_fit_the_head_of_one(probing: dict[str, dict[str, object]], probe: str) -> None:
+    """Each embeds its share of the train side, which does not divide between them."""
+    assert probing["2_0"][probe] == probing["2_1"][probe]
+    assert probing["2_0"][probe] == pytest.approx(probing["1_0"][probe], rel=1e-2)
+    assert probing["2_0"][f"{probe} score"] == pytest.approx(probing["1_0"][f"{probe} score"], abs=0.05)
+
+
+def test_two_processes_contrast_with_each_other_and_stay_together(probing: dict[str, dict[str, object]]) -> None:
+    """After the steps both hold the same weights, fitted head included, and the same memory."""
+    assert probing["2_0"]["trained"] == probing["2_1"]["trained"]

@@ -315,7 +315,11 @@ def test_a_batch_of_one_is_found_before_training(icbhi_root: Path, tmp_path: Pat
             TypeError,
             r"gives it \(logits, labels\); use a loss such as CrossEntropy",
         ),
-        (lambda: PatchMixCE(tiny(), loss=CrossEntropy()), TypeError, "index, lam.; use a loss such as MixedCrossEntropy"),
+        (
+            lambda: PatchMixCE(tiny(), loss=CrossEntropy()),
+            TypeError,
+            "index, lam.; use a loss such as MixedCrossEntropy",
+        ),
         (
             lambda: PatchMixCE(tiny(), patch_mix=Mixup()),
             TypeError,
@@ -323,8 +327,16 @@ def test_a_batch_of_one_is_found_before_training(icbhi_root: Path, tmp_path: Pat
         ),
         (lambda: SoundClassifier(CNN6(), mix=PatchMix()), TypeError, "mix must mix features, as Mixup or CutMix does"),
         (lambda: SoundClassifier(CNN6(), mix=SpecAugment()), TypeError, "mix must mix features.*got SpecAugment"),
-        (lambda: SoundClassifier(CNN6(), mix=Mixup(), loss=CrossEntropy()), TypeError, "index, lam.; use a loss such as MixedCross"),
-        (lambda: SoundClassifier(CNN6(), loss=MixedCrossEntropy()), TypeError, "labels.; use a loss such as CrossEntropy"),
+        (
+            lambda: SoundClassifier(CNN6(), mix=Mixup(), loss=CrossEntropy()),
+            TypeError,
+            "index, lam.; use a loss such as MixedCross",
+        ),
+        (
+            lambda: SoundClassifier(CNN6(), loss=MixedCrossEntropy()),
+            TypeError,
+            "labels.; use a loss such as CrossEntropy",
+        ),
         (lambda: SoundClassifier(CNN6(), augment=Mixup()), TypeError, "augment cannot mix samples; give it as mix"),
         (
             lambda: SoundClassifier(tiny(), head=LinearHead(768, 4)),

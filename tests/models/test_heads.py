@@ -130,9 +130,18 @@ class TestKNNHead:
         assert torch.equal(again(test), head(test))
         assert (again.in_features, again.num_classes) == (4, 2)
 
-    def test_asks_the_device_for_no_value(self) -> None:
-        head = filled(noise(12, 4).float(), torch.arange(12) % 2, 2, 3).to("meta")  # has none to give
-        assert head(torch.empty(5, 4, device="meta")).shape == (5, 2)
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_never_waits_for_the_gpu(self) -> None:
+        head, test = filled(noise(40, 8), torch.arange(40) % 4, 4, 5), noise(20, 8, seed=1)
+        expected = head(test)
+        head, test = head.cuda(), test.cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            logits = head(test)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(logits.cpu(), expected)
 
     def test_empty_it_says_so(self) -> None:
         with pytest.raises(ValueError, match=r"no training samples; give them to remember\(embeddings, labels\)"):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,6 @@ from torch import Tensor, nn
 from respiro.component import Backbone, build, describe
 from respiro.models import CNN6, CNN10, CNN14, LinearHead
 from respiro.models.panns import ConvBlock, pool_map
-
-
-def recipe(key: str, shape: tuple[int, ...]) -> Tensor:
-    """Weights as the README of the reference vectors makes them from their key."""
-    x = np.random.default_rng(zlib.crc32(f"dev:{key}".encode())).standard_normal(shape)
-    if key.endswith("num_batches_tracked"):
-        return torch.tensor(0)
-    if key.endswith(("running_mean", "running_var")):
-        x = 0.3 * x if key.endswith("mean") else np.exp(0.3 * x)
-    elif key.endswith("bias"):
-        x = 0.1 * x
-    elif len(shape) == 1:
-        x = 1 + 0.1 * x
-    else:
-        x = x * np.sqrt(2 / np.prod(shape[1:]))
-    return torch.from_numpy(x.astype(np.float32))
 
 
 def weights(arrays: Any, prefix: str) -> dict[str, Tensor]:
@@ -64,22 +47,25 @@ def test_pool_is_the_published_formula(golden: Path) -> None:
     np.testing.assert_allclose(pool_map(x.transpose(2, 3)), expected["pool_panns_semantics"], atol=1e-5)
 
 
-def test_cnn6_gives_the_reference_embeddings(golden: Path) -> None:
-    expected = np.load(golden / "scl" / "cnn6_forward.npz")
-    features = torch.from_numpy(np.load(golden / "scl" / "frontend.npz")["standardized"])[:, 0].transpose(1, 2)
-    model, head = CNN6().eval(), LinearHead(512, num_classes=4)
-    model.load_state_dict({key: recipe(key, tuple(value.shape)) for key, value in model.state_dict().items()})
-    head.load_state_dict(
-        {f"linear.{key}": recipe(f"linear.{key}", shape) for key, shape in (("weight", (4, 512)), ("bias", (4,)))}
-    )
-    state = {**model.state_dict(), **head.state_dict()}
-    for key, total in zip(expected["weight_keys"], expected["weight_sums"], strict=True):
-        assert state[str(key)].double().sum().item() == pytest.approx(float(total), abs=1e-6), key
+@pytest.mark.parametrize("orientation", ["freq_first", "time_first"])
+def test_bn0_is_the_batch_norm_of_panns(golden: Path, orientation: Any) -> None:
+    expected = np.load(golden / "scl" / "panns_frontend.npz")
+    model: Any = CNN6(orientation, bn0=True).eval()
+    model.bn0.load_state_dict(weights(expected, "bn0.") | {"num_batches_tracked": torch.tensor(0)})
+    seen: list[Tensor] = []
+    model.conv_block1.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
+    features = torch.from_numpy(expected["logmel"])[:, 0]
+    kept = features.clone()
     with torch.no_grad():
-        embedding = model(features)
-        np.testing.assert_allclose(embedding, expected["embedding"], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(head(embedding), expected["logits"], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(model(features[:, :100]), expected["embedding_first100frames"], rtol=1e-4, atol=1e-4)
+        model(features)
+    image = torch.from_numpy(expected["after_bn0"])
+    torch.testing.assert_close(seen[0], image if orientation == "time_first" else image.mT, rtol=1e-5, atol=1e-5)
+    assert torch.equal(features, kept)
+
+
+def test_bn0_needs_the_mel_bins_of_panns() -> None:
+    with pytest.raises(ValueError, match=r"must have the 64 mel bins that bn0 scales, got 32; .* or bn0=False"):
+        CNN10(bn0=True)(torch.randn(2, 64, 32))
 
 
 @pytest.mark.parametrize(
@@ -124,8 +110,8 @@ def test_orientations_see_transposed_images() -> None:
 
 
 def test_gradients_reach_every_parameter_in_a_batch_of_one() -> None:
-    model = CNN10(dropout=0.2)
-    model(torch.randn(1, 32, 32)).sum().backward()
+    model = CNN10(dropout=0.2, bn0=True)
+    model(torch.randn(1, 32, 64)).sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
@@ -138,10 +124,10 @@ def test_dropout_only_in_training() -> None:
 
 
 def test_state_dict_and_description_round_trip() -> None:
-    model = CNN6("time_first", dropout=0.1).eval()
+    model = CNN6("time_first", dropout=0.1, bn0=True).eval()
     again: Any = build(describe(model), Backbone, "backbone").eval()
     again.load_state_dict(copy.deepcopy(model.state_dict()))
-    x = torch.randn(2, 32, 32)
+    x = torch.randn(2, 32, 64)
     with torch.no_grad():
         torch.testing.assert_close(again(x), model(x))
     assert again.orientation == "time_first"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import hashlib
 import json
 import math
 import os
@@ -16,18 +17,22 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from respiro import download
+from respiro.datamodules import ICBHIDataModule
 from respiro.download import file_sha256
 from respiro.errors import DownloadError, WeightsError
+from respiro.losses import CrossEntropy
 from respiro.methods import SoundClassifier
+from respiro.models import CNN6, TimmBackbone
 from respiro.models._ast_weights import fit_positions
 from respiro.models.ast import AST
 from respiro.models.heads import LinearHead
 from respiro.models.weights import Weights, WeightsFile, load_weights
-from respiro.transforms import KaldiFbank
+from respiro.transforms import KaldiFbank, LogMelSpectrogram
 
 Tensors = dict[str, Tensor]
 
@@ -319,6 +324,10 @@ def changed(**new: Tensor) -> Callable[[Tensors], Tensors]:
         (changed(module__v__norm__bias=torch.full((192,), math.nan)), r"31 of 31 .*\(1 not finite: v\.norm\.bias\)"),
         (changed(module__v__norm__bias=torch.full((192,), math.inf)), r"1 not finite: v\.norm\.bias"),
         (changed(module__v__norm__bias=noise(100)), r"of another size: v\.norm\.bias \(100,\) instead of \(192,\)"),
+        (
+            changed(module__v__norm__bias=torch.ones(192, dtype=torch.int32)),
+            r"of another type: v\.norm\.bias torch\.int32",
+        ),
         (changed(module__v__pos_embed=noise(1, 500, 192)), r"v\.pos_embed \(1, 500, 192\) instead of \(1, 110, 192\)"),
         (changed(module__v__pos_embed=noise(3)), r"v\.pos_embed \(3,\) instead of"),
         (changed(module__v__cls_token=noise(1)[0]), r"v\.cls_token \(\) instead of"),
@@ -332,7 +341,20 @@ def changed(**new: Tensor) -> Callable[[Tensors], Tensors]:
             r"matches 0 of 31 .*2 unknown: conv_block1\.conv1\.weight, fc1\.weight",
         ),
     ],
-    ids=["missing", "unknown", "nan", "inf", "size", "positions", "flat-positions", "scalar", "form", "small", "panns"],
+    ids=[
+        "missing",
+        "unknown",
+        "nan",
+        "inf",
+        "size",
+        "type",
+        "positions",
+        "flat-positions",
+        "scalar",
+        "form",
+        "small",
+        "panns",
+    ],
 )
 def test_another_file_is_refused(change: Callable[[Tensors], Tensors], message: str, tmp_path: Path) -> None:
     torch.save(change(released(state(ast(1)))), tmp_path / "file.pth")
@@ -457,6 +479,106 @@ def test_a_model_that_takes_no_published_weights(tmp_path: Path) -> None:
         load_weights(nn.Linear(2, 2), "AST_AUDIOSET", cache_dir=tmp_path)
 
 
+# ---------------------------------------------------------------- checkpoints of our own methods
+
+
+SILENT: dict[str, Any] = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "devices": 1,
+}
+
+
+def timm(**parts: Any) -> SoundClassifier:
+    return SoundClassifier(TimmBackbone("resnet10t"), features=LogMelSpectrogram(n_mels=32), **parts)
+
+
+@pytest.fixture(scope="module")
+def trained(icbhi_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SoundClassifier, Path]:
+    """A method after one step, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    model = timm(loss=CrossEntropy([1.0, 2.0, 3.0, 4.0]))
+    data = ICBHIDataModule(icbhi_root, batch_size=4, duration=1.0, select_on="test")
+    trainer = Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=1, default_root_dir=folder, **SILENT)
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(folder / "run.ckpt")
+    return model, folder / "run.ckpt"
+
+
+def test_a_checkpoint_of_ours_fills_any_backbone(trained: tuple[SoundClassifier, Path]) -> None:
+    source, path = trained
+    backbone = TimmBackbone("resnet10t")
+    report = load_weights(backbone, path)
+    assert same(state(backbone), state(source.backbone))
+    assert sorted(report.matched) == sorted(state(source.backbone))
+    assert report.missing == []
+    assert {"state_dict.head.linear.weight", "state_dict.head.linear.bias"} <= set(report.unexpected)
+    assert all(name.startswith("state_dict.") and ".backbone." not in name for name in report.unexpected)
+    assert backbone.pretrained == {"source": str(path), "sha256": file_sha256(path)}
+
+
+def test_a_checkpoint_of_ours_fills_a_method_and_its_head(trained: tuple[SoundClassifier, Path]) -> None:
+    source, path = trained
+    model = timm()
+    report = load_weights(model, path)
+    assert same(state(model.backbone), state(source.backbone))
+    assert same(state(model.head), state(source.head))
+    assert report.missing == []
+    assert all(name.startswith(("backbone.", "head.")) for name in report.matched)
+
+
+def test_a_stamp_once_earned_stays_with_the_backbone(trained: tuple[SoundClassifier, Path]) -> None:
+    source, path = trained
+    assert [record["select_on"] for record in source.history] == ["test"]
+    backbone = TimmBackbone("resnet10t")
+    load_weights(backbone, path)
+    assert backbone.history == source.history
+    assert backbone.history is not source.history
+    own = {"select_on": "val", "seed": 7}
+    backbone.history = [own]
+    load_weights(backbone, path)
+    load_weights(backbone, path)
+    assert backbone.history == [*source.history, own]
+
+
+def test_other_weights_bring_no_records(tmp_path: Path) -> None:
+    model = ast(2)
+    torch.save(released(state(ast(1))), tmp_path / "audioset.pth")
+    load_weights(model, tmp_path / "audioset.pth")
+    assert list(model.history) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CNN6(), r"0 of 24 tensors of CNN6\(\); .* checkpoint of SoundClassifier with TimmBackbone"),
+        (
+            lambda: TimmBackbone("resnet10t", in_channels=3),
+            r"encoder\.conv1\.\S+ \(\d+, 1, 3, 3\) instead of \(\d+, 3,",
+        ),
+        (lambda: timm(classes=["no", "yes"]), r"head\.linear\.bias \(4,\) instead of \(2,\).*pass model\.backbone"),
+    ],
+    ids=["network", "channels", "classes"],
+)
+def test_a_checkpoint_of_another_network_of_ours(
+    make: Callable[[], nn.Module], message: str, trained: tuple[SoundClassifier, Path]
+) -> None:
+    model = make()
+    before = state(model)
+    with pytest.raises(WeightsError, match=rf"run\.ckpt matches .*{message}"):
+        load_weights(model, trained[1])
+    assert same(state(model), before)
+    assert list(getattr(model, "backbone", model).history) == []
+
+
+def test_a_backbone_without_published_weights_says_what_it_takes(tmp_path: Path) -> None:
+    torch.save(state(TimmBackbone("resnet10t")), tmp_path / "timm.pth")
+    with pytest.raises(WeightsError, match=r"TimmBackbone takes no published weights.*checkpoint of a respiro method"):
+        load_weights(TimmBackbone("resnet10t"), tmp_path / "timm.pth")
+
+
 # ---------------------------------------------------------------- published files
 
 
@@ -535,6 +657,23 @@ def test_a_download_of_something_else(published: WeightsFile, tmp_path: Path) ->
     assert not (tmp_path / "weights" / "tiny.safetensors").exists()
 
 
+def test_a_file_known_by_its_md5(site: Site, published: WeightsFile, tmp_path: Path) -> None:
+    digest = hashlib.md5(site.body).hexdigest()
+    model = ast(2)
+    report = load_weights(model, replace(published, sha256=None, md5=digest), cache_dir=tmp_path, progress=False)
+    assert report.sha256 == hashlib.sha256(site.body).hexdigest()
+    with pytest.raises(DownloadError, match=f"md5 is {digest}, published is {'0' * 32}"):
+        load_weights(model, replace(published, sha256=None, md5="0" * 32), cache_dir=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"'tiny.safetensors' needs a digest"):
+        replace(published, sha256=None)
+
+
+def test_a_whole_digest_is_the_one_noted(site: Site, published: WeightsFile, tmp_path: Path) -> None:
+    digest = hashlib.sha256(site.body).hexdigest()
+    report = load_weights(ast(2), replace(published, sha256=digest.upper()), cache_dir=tmp_path, progress=False)
+    assert report.sha256 == digest
+
+
 @pytest.mark.parametrize("source", [Weights.AST_AUDIOSET, "AST_AUDIOSET"], ids=["entry", "name"])
 def test_a_name_is_an_address_unless_it_is_a_file(
     source: Weights | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -554,10 +693,11 @@ def test_a_name_is_an_address_unless_it_is_a_file(
 
 def test_the_registry() -> None:
     files = [entry.value for entry in Weights]
-    assert len({file.name for file in files}) == len({file.sha256 for file in files}) == len(Weights)
+    assert len({file.name for file in files}) == len({file.sha256 or file.md5 for file in files}) == len(Weights)
     for file in files:
         assert file.url.startswith("https://")
-        assert re.fullmatch("[0-9a-f]{8}|[0-9a-f]{64}", file.sha256)
-        assert len(file.sha256) == 64 or f"-{file.sha256}.pth" in file.url
-        assert file.licence in {"BSD-3-Clause", "Apache-2.0"}
+        assert re.fullmatch("[0-9a-f]{8}|[0-9a-f]{64}", file.sha256 or "0" * 64)
+        assert file.sha256 is None or len(file.sha256) == 64 or f"-{file.sha256}.pth" in file.url
+        assert re.fullmatch("[0-9a-f]{32}", file.md5 or "0" * 32)
+        assert file.licence in {"BSD-3-Clause", "Apache-2.0", "CC-BY-4.0"}
         assert re.search(r"et al\..*20\d\d", file.paper)

@@ -263,11 +263,12 @@ class TestModule:
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     @pytest.mark.parametrize("policy", ["LD", "icbhi_ast_sup"])
-    def test_never_waits_for_the_gpu(self, policy: Any) -> None:
+    @pytest.mark.parametrize("gate", ["uniform", "normal-batch"])
+    def test_never_waits_for_the_gpu(self, policy: Any, gate: Any) -> None:
         features = noise(3, 200, 64).cuda()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            augmented = SpecAugment(policy)(features, generator=seeded(device="cuda"))
+            augmented = SpecAugment(policy, gate=gate, fill=-14.47)(features, generator=seeded(device="cuda"))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert augmented.isfinite().all()

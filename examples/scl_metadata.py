@@ -1,0 +1,40 @@
+"""Supervised contrastive learning on class and metadata on a synthetic data set, and a picture of the embeddings.
+
+$ python examples/scl_metadata.py
+"""
+
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from respiro.datamodules import ICBHIDataModule
+from respiro.datasets import write_synthetic_icbhi
+from respiro.evaluation import evaluate, plot_embeddings
+from respiro.losses import MultiSupConLoss
+from respiro.methods import MSCL, LinearProbe
+from respiro.models import CNN6
+from respiro.transforms import SpecAugment
+
+seed_everything(0, verbose=False)
+root = write_synthetic_icbhi("runs/synthetic_icbhi", num_patients=16)  # or the folder of ICBHI itself
+data = ICBHIDataModule(root, batch_size=16, duration=2.0, metadata={"sex_age": ["sex", "age_group"]})
+
+# Both stages in one training: before each validation a classifier is fitted to the embeddings.
+model = MSCL(
+    CNN6(),
+    augment=SpecAugment("icbhi_sup", freq_width=10, time_width=20),
+    loss=MultiSupConLoss({"class": 0.75, "sex_age": 0.25}),
+)
+best = ModelCheckpoint("runs/mscl", monitor="val_score", mode="max", enable_version_counter=False)
+trainer = Trainer(max_epochs=4, callbacks=[best], logger=False, enable_model_summary=False)
+trainer.fit(model, datamodule=data)
+model = MSCL.load_from_checkpoint(best.best_model_path, weights_only=True)
+print(evaluate(model, data))
+
+# Another classifier on the same embeddings, without training the encoder again.
+probe = LinearProbe(model.backbone, features=model.features, probe="knn")
+Trainer(logger=False, enable_checkpointing=False, enable_model_summary=False).fit(probe, datamodule=data)
+print(f"k nearest neighbours: {evaluate(probe, data).metrics['score']:.3f}")
+
+figure = plot_embeddings(model.embed(data.test_set), data.test_set.cycles, ("class", "patient", "device"))
+figure.savefig("runs/embeddings.png", dpi=100)
+print("the picture: runs/embeddings.png")
