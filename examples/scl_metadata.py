@@ -15,7 +15,7 @@ from respiro.models import CNN6
 from respiro.transforms import SpecAugment
 
 seed_everything(0, verbose=False)
-root = write_synthetic_icbhi("runs/synthetic_icbhi", num_patients=16)  # or the folder of ICBHI itself
+root = write_synthetic_icbhi("runs/synthetic_icbhi", num_patients=12)  # or the folder of ICBHI itself
 data = ICBHIDataModule(root, batch_size=16, duration=2.0, metadata={"sex_age": ["sex", "age_group"]})
 
 # Both stages in one training: before each validation a classifier is fitted to the embeddings.
@@ -31,8 +31,8 @@ model = MSCL.load_from_checkpoint(best.best_model_path, weights_only=True)
 print(evaluate(model, data))
 
 # Another classifier on the same embeddings, without training the encoder again.
-probe = LinearProbe(model.backbone, features=model.features, probe="knn")
-Trainer(logger=False, enable_checkpointing=False, enable_model_summary=False).fit(probe, datamodule=data)
+probe = LinearProbe(model.backbone, features=model.features, probe="knn", neighbors=5)
+Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_model_summary=False).fit(probe, datamodule=data)
 print(f"k nearest neighbours: {evaluate(probe, data).metrics['score']:.3f}")
 
 figure = plot_embeddings(model.embed(data.test_set), data.test_set.cycles, ("class", "patient", "device"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from respiro.losses._embeddings import UNKNOWN, check_embeddings, check_labels, unit
 from respiro.losses._gather import gather_with_grad
@@ -94,7 +94,7 @@ def anchor_losses(
         (tensor([0.6931, 0.6931, 0.0000]), tensor([ True,  True, False]))
     """
     z, labels = samples
-    anchors, rows = z[own] / temperature, torch.arange(len(z), device=z.device)[own]
+    anchors = z[own] / temperature
     place, count = _classes(labels)
     positives = count - 1
     known = labels != UNKNOWN
@@ -104,28 +104,48 @@ def anchor_losses(
     # The mean similarity to the positives is the similarity to their mean.
     of_class = torch.zeros_like(z).index_add(0, place, z)[place[own]]
     to_positives = (anchors * (of_class - z[own])).sum(1) / positives[own].clamp(min=1)
-    at_a_time = max(block // max(len(z), 1), 1)
-    several = len(rows) > at_a_time
-    log_sums = [
-        checkpoint(_log_sum, *part, samples, denominator, use_reentrant=False, preserve_rng_state=False)
-        if several
-        else _log_sum(*part, samples, denominator)
-        for part in zip(torch.split(anchors, at_a_time), torch.split(rows, at_a_time), strict=True)
-    ]
-    return (torch.cat(log_sums) - to_positives).where(usable[own], 0.0), usable
+    # Either a sample is kept apart from itself alone, or from all of its class.
+    group = labels if denominator == "negatives" else torch.arange(len(z), device=z.device)
+    log_sums: Tensor = _LogSumExp.apply(anchors, z, group[own], group, known, max(block // max(len(z), 1), 1))
+    return (log_sums - to_positives).where(usable[own], 0.0), usable
 
 
-def _log_sum(anchors: Tensor, rows: Tensor, samples: Samples, denominator: Denominator) -> Tensor:
-    """Return for each anchor the logarithm of the sum over what it is contrasted with ``(b,)``."""
-    labels = samples.labels
-    if denominator == "all":
-        apart = rows[:, None] != torch.arange(len(labels), device=rows.device)
-    else:
-        apart = labels[rows, None] != labels
-    contrasted = apart & (labels != UNKNOWN)
-    # Not minus infinity, whose softmax has no gradient where nothing is contrasted.
-    lowest = torch.finfo(anchors.dtype).min
-    return (anchors @ samples.embeddings.T).masked_fill_(~contrasted, lowest).logsumexp(1)
+class _LogSumExp(torch.autograd.Function):
+    """For each anchor, the logarithm of the sum of the exponentials of its similarities to all of other groups.
+
+    Some anchors at a time, in backward once more, so that no more than their similarities are ever held. Torch's own
+    checkpoint takes longer for it, and more memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchors: Tensor, keys: Tensor, own_group: Tensor, group: Tensor, known: Tensor, at_a_time: int
+    ) -> Tensor:
+        ctx.parts = [slice(first, first + at_a_time) for first in range(0, len(anchors), at_a_time)]
+        log_sums = anchors.new_empty(len(anchors))
+        for part in ctx.parts:
+            log_sums[part] = _similarities(anchors[part], keys, own_group[part], group, known).logsumexp(1)
+        ctx.save_for_backward(anchors, keys, own_group, group, known, log_sums)
+        return log_sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        anchors, keys, own_group, group, known, log_sums = ctx.saved_tensors
+        grad_anchors, grad_keys = torch.empty_like(anchors), torch.zeros_like(keys)
+        with torch.autocast(grad.device.type, enabled=False):
+            for part in ctx.parts:
+                similarities = _similarities(anchors[part], keys, own_group[part], group, known)
+                softmax = similarities.sub_(log_sums[part, None]).exp_().mul_(grad[part, None])
+                torch.mm(softmax, keys, out=grad_anchors[part])
+                grad_keys.addmm_(softmax.T, anchors[part])
+        return grad_anchors, grad_keys, None, None, None, None
+
+
+def _similarities(anchors: Tensor, keys: Tensor, own_group: Tensor, group: Tensor, known: Tensor) -> Tensor:
+    contrasted = (own_group[:, None] != group) & known
+    # Not minus infinity, which has no softmax where nothing is contrasted.
+    return (anchors @ keys.T).masked_fill_(~contrasted, torch.finfo(anchors.dtype).min)
 
 
 def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,9 +50,9 @@ class SoundClassifier(SelfDescribing):
         lr: Peak learning rate.
         weight_decay: As the optimiser defines it.
         schedule: ``"cosine"`` over the whole training or ``"constant"``, both set every step; ``"epoch-cosine"`` is set
-            once an epoch, to where the cosine stands at its end (the released code of Bae et al., 2023); ``"cosine-40"``
-            is set once an epoch, falls to *lr_floor* over 40 epochs, rises again over the next 40, and so on (that of
-            Moummad and Farrugia, 2022).
+            once an epoch, to where the cosine stands at its end (the released code of Bae et al., 2023);
+            ``"cosine-40"`` once an epoch, falling to *lr_floor* over 40 epochs, rising again over the next 40, and so
+            on (that of Moummad and Farrugia, 2022).
         warmup: Share of the training over which the learning rate rises linearly to *lr*; in [0, 1).
         lr_floor: Where the cosine ends, as a share of *lr*.
         compile: Compile the backbone with ``torch.compile`` before training: slow first steps, faster later ones.

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.benchmark
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 ROWS, WIDTH, LABELS, TEMPERATURE = 8192, 128, 4, 0.06
 SQUARE = ROWS**2 * 4 / 2**20  # MiB of a similarity matrix
-ROUNDS = 5
+ROUNDS = 3
 
 
 def respiro() -> Callable[[Tensor, Tensor], Tensor]:

@@ -346,7 +346,7 @@ class TestLabelsThatAreOfNoUse:
                 return data
 
         data = NoSex(icbhi_root, duration=1.0)
-        with pytest.raises(LabelError, match="nothing to contrast by 'sex_age': .*sex"):
+        with pytest.raises(LabelError, match=r"nothing to contrast by 'sex_age': .*sex"):
             Trainer(max_epochs=1, **SILENT).fit(small(MSCL), datamodule=data)
 
     def test_a_class_without_a_cycle(self, icbhi_root: Path) -> None:
