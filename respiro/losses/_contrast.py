@@ -69,7 +69,7 @@ def contrast(
     usable = usable[: len(labels)]
     # An equal share of the anchors of all processes, and not the number of its own, so that the mean over the processes
     # is the mean over all anchors.
-    anchors = usable.sum() * (len(embeddings) / max(len(labels), 1))
+    anchors = usable.sum().to(losses) * (len(embeddings) / max(len(labels), 1))
     left_out = (~usable & (labels != UNKNOWN))[own].sum()
     return Contrast(losses.sum() / anchors.where(anchors > 0, 1.0), left_out, batch)
 
@@ -143,9 +143,9 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def _similarities(anchors: Tensor, keys: Tensor, own_group: Tensor, group: Tensor, known: Tensor) -> Tensor:
-    contrasted = (own_group[:, None] != group) & known
+    apart = (own_group[:, None] == group).logical_or_(~known)
     # Not minus infinity, which has no softmax where nothing is contrasted.
-    return (anchors @ keys.T).masked_fill_(~contrasted, torch.finfo(anchors.dtype).min)
+    return (anchors @ keys.T).masked_fill_(apart, torch.finfo(anchors.dtype).min)
 
 
 def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:

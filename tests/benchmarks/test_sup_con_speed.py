@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import pytest
@@ -90,7 +89,7 @@ def main(way: str, device: str) -> None:
         started, on_processor = time.perf_counter(), time.process_time()
         value = step(loss, embeddings, labels).item()
         rounds.append((time.perf_counter() - started, time.process_time() - on_processor))
-    seconds, cpu_seconds = map(median, zip(*rounds, strict=True))
+    seconds, cpu_seconds = map(min, zip(*rounds, strict=True))  # other work on the machine can only slow one down
     print(json.dumps({"loss": value, "seconds": seconds, "cpu_seconds": cpu_seconds, "mib": peak(device) - before}))
 
 

@@ -14,8 +14,16 @@ from torch import Tensor
 
 from respiro.datamodules import ICBHIDataModule
 from respiro.evaluation import evaluate
-from respiro.losses import CrossEntropy, MixedCrossEntropy, PatchMixContrastiveLoss
-from respiro.methods import PatchMixCE, PatchMixCL, SoundClassifier
+from respiro.losses import (
+    CrossEntropy,
+    HybridSupConLoss,
+    MixedCrossEntropy,
+    MultiSupConLoss,
+    NTXentLoss,
+    PatchMixContrastiveLoss,
+    SupConLoss,
+)
+from respiro.methods import MSCL, SCL, HybridSCL, PatchMixCE, PatchMixCL, SimCLR, SoundClassifier
 from respiro.models import AST, CNN6
 from respiro.transforms import (
     CutMix,
@@ -31,7 +39,13 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-METHODS = ["patchmix-ce", "patchmix-cl", "mixup", "cutmix"]
+CONTRASTIVE: dict[str, Callable[..., SoundClassifier]] = {
+    "simclr": SimCLR,
+    "scl": lambda *parts, **arguments: SCL(*parts, loss=SupConLoss(memory=20), view_forward="concat", **arguments),
+    "mscl": MSCL,
+    "hybrid": lambda *parts, **arguments: HybridSCL(*parts, loss=HybridSupConLoss(weight=[1, 2, 3, 4]), **arguments),
+}
+METHODS = ["patchmix-ce", "patchmix-cl", "mixup", "cutmix", *CONTRASTIVE]
 
 
 def method(name: str, **arguments: Any) -> SoundClassifier:
@@ -45,6 +59,8 @@ def method(name: str, **arguments: Any) -> SoundClassifier:
     if name == "patchmix-cl":
         contrastive = PatchMixContrastiveLoss(negatives="different-label")
         return PatchMixCL(ast, contrastive=contrastive, target="project_flow", **arguments)
+    if name in CONTRASTIVE:
+        return CONTRASTIVE[name](ast, **({"augment": SpecAugment(p=0.0, freq_width=8, time_width=30)} | arguments))
     mix = Mixup(0.4) if name == "mixup" else CutMix(per_sample=True)
     return SoundClassifier(ast, mix=mix, loss=MixedCrossEntropy([0.5, 1.0, 1.5, 2.0]), **arguments)
 
@@ -68,6 +84,7 @@ def augmentations() -> dict[str, Any]:
 def noise(device: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     batch = {"waveform": torch.randn(8, 16000, generator=generator), "label": torch.arange(8) % 4}
+    batch["sex_age"] = torch.arange(8) // 3 - 1  # the first unknown
     return {name: part.to(device) for name, part in batch.items()}
 
 
@@ -182,6 +199,12 @@ PARTS: dict[str, tuple[Callable[..., torch.nn.Module], str]] = {
         lambda: PatchMixContrastiveLoss(negatives="different-label"),
         "logits logits index lam label",
     ),
+    "sup-con": (SupConLoss, "logits label"),
+    "sup-con-negatives": (lambda: SupConLoss(denominator="negatives"), "logits label"),
+    "sup-con-memory": (lambda: SupConLoss(memory=20), "logits label"),
+    "nt-xent": (NTXentLoss, "logits logits"),
+    "multi-sup-con": (lambda: MultiSupConLoss({"class": 0.5, "sex": 0.5}), "by_task labels_by_task"),
+    "hybrid-sup-con": (lambda: HybridSupConLoss(weight=[1.0, 2.0, 3.0, 4.0]), "logits logits label"),
 }
 
 
@@ -197,6 +220,8 @@ def test_no_part_waits_for_the_gpu(build: Callable[..., torch.nn.Module], names:
         "index": torch.randperm(8, device="cuda"),
         "lam": torch.rand(8, device="cuda"),
     }
+    given["by_task"] = {"class": given["logits"], "sex": given["logits"]}
+    given["labels_by_task"] = {"class": given["label"], "sex": given["label"] // 2}
     arguments = [given[name] for name in names.split()]
     expected = part(*arguments)  # the first time, libraries are loaded and plans are made
     with without_waiting():
