@@ -111,10 +111,12 @@ class FitCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say which checkpoint was chosen, and how to go on."""
         checkpoint: Any = self.trainer.checkpoint_callback
-        if self.trainer.is_global_zero and checkpoint.best_model_path:
+        # Where validation came in no epoch, there is the last checkpoint alone.
+        path = checkpoint.best_model_path or checkpoint.last_model_path
+        if self.trainer.is_global_zero and path:
             # The score is not known where a training that was already complete is resumed elsewhere.
             score = "" if checkpoint.best_model_score is None else f" {checkpoint.best_model_score:.4f}"
-            chosen = f"best {checkpoint.monitor}{score}" if checkpoint.monitor else "last"
+            chosen = f"best {checkpoint.monitor}{score}" if checkpoint.best_model_path and checkpoint.monitor else "last"
             stamp = " *** TEST-SELECTED ***" if self.datamodule.select_on == "test" else ""
-            print(f"\n{chosen}: {checkpoint.best_model_path}{stamp}")
-            print(f"to score it on the test side: respiro test {checkpoint.best_model_path}")
+            print(f"\n{chosen}: {path}{stamp}")
+            print(f"to score it on the test side: respiro test {path}")
