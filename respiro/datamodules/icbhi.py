@@ -43,7 +43,7 @@ class ICBHIDataModule(RespiratoryDataModule):
         verify_tls: Check the certificate of the server when downloading.
         cache_dir: Where resampled cycles are kept.
         metadata: Columns of the cycles table by the batch key of the label that they make, alone or combined, such as
-            ``{"device": ["device"]}``: see :func:`respiro.datasets.metadata_labels`. Default
+            ``{"place": ["device", "location"]}``: see :func:`respiro.datasets.metadata_labels`. Default
             ``{"sex_age": ["sex", "age_group"]}``; ``{}`` for none.
         age_threshold: Years, between the two values of ``age_group`` there.
         merge_below: Train cycles that a combination needs to have a label of its own.

@@ -45,7 +45,7 @@ class SPRSoundDataModule(RespiratoryDataModule):
         verify_tls: Check the certificate of the server when downloading.
         cache_dir: Where resampled cycles are kept.
         metadata: Columns of the cycles table by the batch key of the label that they make, alone or combined, such as
-            ``{"device": ["device"]}``: see :func:`respiro.datasets.metadata_labels`. Default
+            ``{"place": ["device", "location"]}``: see :func:`respiro.datasets.metadata_labels`. Default
             ``{"sex_age": ["sex", "age_group"]}``; ``{}`` for none.
         age_threshold: Years, between the two values of ``age_group`` there. The default is that of the code of
             Moummad and Farrugia (2023) for SPRSound.

@@ -63,7 +63,7 @@ def fit_head(
     train: Embedded,
     num_classes: int,
     score: Callable[[LinearHead], float] | None = None,
-    strength: float = 1.0,
+    strength: float = 0.01,
     neighbors: int = 20,
 ) -> LinearHead | KNNHead:
     """Return a head fitted to the train side, every class weighing alike; labels of -1 are left out.
