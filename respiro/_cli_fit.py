@@ -116,7 +116,8 @@ class FitCLI(LightningCLI):
         if self.trainer.is_global_zero and path:
             # The score is not known where a training that was already complete is resumed elsewhere.
             score = "" if checkpoint.best_model_score is None else f" {checkpoint.best_model_score:.4f}"
-            chosen = f"best {checkpoint.monitor}{score}" if checkpoint.best_model_path and checkpoint.monitor else "last"
+            best = checkpoint.monitor and checkpoint.best_model_path
+            chosen = f"best {checkpoint.monitor}{score}" if best else "last"
             stamp = " *** TEST-SELECTED ***" if self.datamodule.select_on == "test" else ""
             print(f"\n{chosen}: {path}{stamp}")
             print(f"to score it on the test side: respiro test {path}")

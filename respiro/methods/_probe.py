@@ -38,11 +38,14 @@ def embedded(model: SoundClassifier, loader: DataLoader[Any]) -> Embedded:
     data: Any = loader.dataset
     rank, world = trainer.global_rank, trainer.world_size
     share = Subset(data, range(rank, len(data), world))
+    if world > 1:
+        for statistics in model.backbone.buffers():  # of batch norm, which each process has of its own batches
+            dist.broadcast(statistics, 0)
     embeddings, labels = [], []
     # In the precision that the head will meet.
     with eval_mode(model), trainer.precision_plugin.forward_context():
         for batch in DataLoader(share, loader.batch_size, num_workers=loader.num_workers):
-            embeddings.append(model._embeddings(batch["waveform"]))
+            embeddings.append(model._embeddings(trainer.precision_plugin.convert_input(batch["waveform"])))
             labels.append(batch["label"])
     own = Embedded(torch.cat(embeddings), torch.cat(labels))
     return own if world == 1 else _gathered(own, len(data), world)
@@ -61,7 +64,7 @@ def _gathered(own: Embedded, total: int, world: int) -> Embedded:
 def fit_head(
     probe: Probe,
     train: Embedded,
-    num_classes: int,
+    classes: Sequence[str],
     score: Callable[[LinearHead], float] | None = None,
     strength: float = 0.01,
     neighbors: int = 20,
@@ -71,26 +74,28 @@ def fit_head(
     Args:
         probe: ``"logistic"``, ``"adam"`` or ``"knn"``, see :class:`respiro.methods.LinearProbe`.
         train: To fit to.
-        num_classes: Number of classes, each with a sample.
+        classes: Class names.
         score: Of a head on other data, by which ``"adam"`` chooses the epoch; without it the last is taken.
         strength: Inverse of the regularisation of ``"logistic"``.
         neighbors: Of ``"knn"``.
 
     Raises:
+        LabelError: If a class has no sample.
         ValueError: If an embedding is not finite.
     """
     known = train.labels >= 0
     train = Embedded(train.embeddings[known], train.labels[known])
+    check_counts(train.labels.bincount(minlength=len(classes)).tolist(), classes)
     if not train.embeddings.isfinite().all():
         raise ValueError("embeddings of the train side are not finite; lower lr, or look at the waveforms")
-    if probe == "knn":
-        return _nearest(train, num_classes, neighbors)
-    if probe == "logistic":
-        return _logistic(train, num_classes, strength)
     # Drawing must neither differ between processes nor disturb what the training draws.
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        return _adam(train, num_classes, score)
+        if probe == "knn":
+            return _nearest(train, len(classes), neighbors)
+        if probe == "logistic":
+            return _logistic(train, len(classes), strength)
+        return _adam(train, len(classes), score)
 
 
 def scorer(val: Embedded, classes: tuple[str, ...], scoring: str) -> Callable[[LinearHead], float]:

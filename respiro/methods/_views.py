@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from respiro.component import Component, Transform, build, describe
 from respiro.errors import LabelError, check_choice
-from respiro.losses import HybridSupConLoss, MultiSupConLoss
+from respiro.losses import HybridSupConLoss, MultiSupConLoss, SupConLoss
 from respiro.methods.classifier import SoundClassifier
 from respiro.models import Projector
 from respiro.transforms import LogMelSpectrogram, SpecAugment
@@ -34,8 +34,9 @@ class TwoViews(SoundClassifier):
 
     def _projector(self, projector: Component | None, argument: str = "projector") -> Component:
         size = self.backbone.num_features
-        default = Projector(size, out_features=PROJECTION, batch_norm=False)
-        built = build(default if projector is None else projector, Component, argument)
+        if projector is None:
+            return Projector(size, out_features=PROJECTION, batch_norm=False)
+        built = build(projector, Component, argument)
         if getattr(built, "in_features", size) != size:
             raise ValueError(f"{argument} takes {built.in_features} features, the backbone gives {size}")
         return built
@@ -57,8 +58,13 @@ class TwoViews(SoundClassifier):
         return ()
 
     def setup(self, stage: str) -> None:
-        """Check also that the labels to be contrasted are of use."""
+        """Check also that the labels to be contrasted are of use; remember no batches of an earlier training."""
         super().setup(stage)
+        if stage != "fit":
+            return
+        for part in self.loss.modules():
+            if isinstance(part, SupConLoss):
+                part.set_extra_state(None)  # a training that is resumed gets it back afterwards
         records = getattr(getattr(self.trainer, "datamodule", None), "protocol", {}).get("metadata", {})
         for key in self.contrasted:
             if problem := records.get(key, {}).get("problem"):
@@ -88,7 +94,7 @@ def labels_of(batch: Mapping[str, Tensor], key: str) -> Tensor:
     Raises:
         LabelError: If the batch has no such labels.
     """
-    if key not in batch:
+    if key not in batch or batch[key].dtype != torch.int64:
         raise LabelError(
             f"the batches have no labels {key!r}, only {', '.join(batch)}; "
             f"give the datamodule metadata={{{key!r}: [...]}} with the columns that they are made of"

@@ -297,11 +297,19 @@ class SoundClassifier(SelfDescribing):
 
     @torch.inference_mode()
     def embed(self, x: Any) -> Tensor:
-        """Return the embeddings ``(N, D)`` of waveforms ``(N, S)``, a batch, or a data set, float32 on the CPU."""
+        """Return the embeddings ``(N, D)`` of waveforms, a batch or a data set, float32 on the CPU.
+
+        Args:
+            x: As in :meth:`predict`, but no file.
+        """
         with eval_mode(self):
-            if hasattr(x, "__getitem__") and not isinstance(x, Tensor | Mapping):
+            if isinstance(x, Mapping):
+                return self._embeddings(x["waveform"])
+            if isinstance(x, Tensor):
+                return self._embeddings(x if x.ndim == 2 else x[None])
+            if hasattr(x, "cycles") and hasattr(x, "__getitem__"):
                 return embed_dataset(self, x)
-            return self._embeddings(x if isinstance(x, Tensor) else x["waveform"])
+        raise ValueError(f"embed takes waveforms, a batch or a data set, got {type(x).__name__}")
 
     def _embeddings(self, waveform: Tensor) -> Tensor:
         embeddings: Tensor = self.backbone(self.features(waveform.to(self.device)))

@@ -22,8 +22,9 @@ class SimCLR(FittedHead, TwoViews):
 
     Both stages in one training: the encoder and the projector learn from the contrast, and before each validation, and
     after the last epoch, a classifier is fitted to the embeddings of the clean train side, which the encoder does not
-    feel. So ``val_score`` says what the embeddings are worth, and every checkpoint is a classifier. To spare time, let
-    the trainer validate every few epochs only (``check_val_every_n_epoch``).
+    feel. So ``val_score`` says what the embeddings are worth, and the checkpoint that it selects is a classifier. To
+    spare time, let the trainer validate every few epochs only (``check_val_every_n_epoch``); a checkpoint saved in
+    between, whose classifier is older than its encoder, says so when it is restored.
 
     Args:
         backbone: Encoder of features ``(B, T, F)`` to embeddings ``(B, D)``.
@@ -122,8 +123,8 @@ class SCL(FittedHead, TwoViews):
             ``"sex_age"``, see the datamodule's ``metadata``.
 
     Raises:
-        LabelError: If a class has no cycle on the train side, or the batches have no such label; or it has fewer than
-            two values there, so that there is nothing to contrast.
+        LabelError: If a class has no cycle on the train side, the batches have no such label, or one of the
+            datamodule's ``metadata`` has fewer than two values there, so that there is nothing to contrast.
 
     Source:
         Khosla et al., "Supervised contrastive learning", NeurIPS 2020; Moummad and Farrugia, "Learning audio features

@@ -35,8 +35,8 @@ class MSCL(FittedHead, TwoViews):
 
     Raises:
         ValueError: If a projector or a label key is given for a task that the loss does not have.
-        LabelError: If a class has no cycle on the train side, or the batches have no such label; or it has fewer than
-            two values there, so that there is nothing to contrast.
+        LabelError: If a class has no cycle on the train side, the batches have no such label, or one of the
+            datamodule's ``metadata`` has fewer than two values there, so that there is nothing to contrast.
 
     Source:
         Moummad and Farrugia, "Learning audio features with metadata and contrastive learning", 2022, arXiv 2210.16192,
@@ -90,8 +90,12 @@ class MSCL(FittedHead, TwoViews):
             lr_floor=lr_floor,
             compile=compile,
         )
+        if not hasattr(self.loss, "weights"):
+            raise TypeError(
+                f"the loss must have weights by task, as MultiSupConLoss does, got {type(self.loss).__name__}"
+            )
         tasks = list(self.loss.weights)
-        given, keys = projectors or {}, {"class": "label"} if label_keys is None else label_keys
+        given, keys = projectors or {}, {"class": "label"} | (label_keys or {})
         for argument, named in (("projectors", given), ("label_keys", label_keys or {})):
             if unknown := set(named) - set(tasks):
                 raise ValueError(f"{argument} names {sorted(unknown)}, but the loss has the tasks {tasks}")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim import SGD
+from torch.utils.data import DataLoader
 
 from respiro.component import Backbone, Component, Transform, build, describe
 from respiro.errors import check_choice
+from respiro.methods._checkpoint import RECORD
 from respiro.methods._probe import Probe, check_counts, embedded, fit_head, scorer
 from respiro.methods.classifier import SoundClassifier
 
@@ -31,6 +36,14 @@ class FittedHead(SoundClassifier):
         self.head.requires_grad_(False)
         self.save_hyperparameters({"probe": probe})
 
+    def forward(self, waveform: Tensor) -> Tensor:
+        """Return logits ``(B, C)`` of waveforms ``(B, S)``."""
+        embeddings = self.backbone(self.features(waveform))
+        # The scale of the embeddings is in the head's weights, where half precision would be too coarse.
+        with torch.autocast(waveform.device.type, enabled=False):
+            logits: Tensor = self.head.float()(embeddings.float())
+        return logits
+
     def setup(self, stage: str) -> None:
         """Check also that each class has a cycle to fit to."""
         super().setup(stage)
@@ -38,13 +51,21 @@ class FittedHead(SoundClassifier):
         if stage == "fit" and hasattr(data, "class_counts"):
             check_counts(data.class_counts, self.classes)
 
+    def on_fit_start(self) -> None:
+        """Take no head of an earlier training for one of this."""
+        super().on_fit_start()
+        averaging = any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if averaging and self.probe == "knn":
+            raise ValueError("neighbours cannot be averaged; with a callback that averages weights, use another probe")
+        self._stale = True
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note that the encoder has changed."""
         self._stale = True
         super().on_train_batch_end(outputs, batch, batch_idx)
 
-    def on_validation_start(self) -> None:
-        """Fit the head to the encoder as it is now."""
+    def on_validation_epoch_start(self) -> None:
+        """Fit the head to the encoder as it is now; callbacks may have put averaged weights there before."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.fit_head()
 
@@ -55,33 +76,50 @@ class FittedHead(SoundClassifier):
         if trainer.should_stop or self.current_epoch + 1 == trainer.max_epochs or self.global_step == trainer.max_steps:
             self.fit_head()
 
+    def on_train_end(self) -> None:
+        """Fit the head where a callback has ended the training."""
+        self.fit_head()
+
     def fit_head(self) -> None:
-        """Pass the train side through the encoder, and fit the head to it."""
+        """Pass the whole train side through the encoder, and fit the head to it, if it is not yet."""
         if not self._stale:
             return
         trainer: Any = self.trainer
         score = None
-        if self.probe == "adam" and (loaders := trainer.val_dataloaders):
-            loader = loaders[0] if isinstance(loaders, Sequence) else loaders
-            score = scorer(embedded(self, loader), self.classes, self.scoring)
+        if self.probe == "adam" and isinstance(trainer.val_dataloaders, DataLoader):
+            score = scorer(embedded(self, trainer.val_dataloaders), self.classes, self.scoring)
         train = embedded(self, trainer.train_dataloader)
-        head = fit_head(self.probe, train, len(self.classes), score, self.strength, self.neighbors)
+        self._set_head(fit_head(self.probe, train, self.classes, score, self.strength, self.neighbors))
+        self._stale = False
+
+    def _set_head(self, head: Component) -> None:
         self.head = head.requires_grad_(False).to(self.device)
         self.hparams["head"] = describe(self.head)
-        self._stale = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write also whether the head belongs to the encoder."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[RECORD]["head_fitted"] = not self._stale
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the head as it was fitted: one of neighbours has as many as there were train cycles."""
         super().on_load_checkpoint(checkpoint)
-        head = build(checkpoint["hyper_parameters"]["head"], Component, "head")
-        self.head = head.requires_grad_(False).to(self.device)
+        self._set_head(build(checkpoint["hyper_parameters"]["head"], Component, "head"))
+        if self._trainer is None and not checkpoint.get(RECORD, {}).get("head_fitted", True):
+            warnings.warn(
+                "the encoder of this checkpoint was trained on after its classifier was fitted, or it has none yet; "
+                "fit one: load_weights(LinearProbe(...).backbone, path), then trainer.fit",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 class LinearProbe(FittedHead):
     """A classifier on the embeddings of an encoder that is held still: the second stage of contrastive learning.
 
-    Training takes one epoch, in which the train side passes through the encoder once, clean, and the head is fitted to
-    its embeddings at once. The encoder itself is not changed. With several processes each embeds its share.
+    Training takes one epoch, in which the whole train side, whatever the trainer's limits, passes through the encoder
+    once, clean, and the head is fitted to its embeddings at once. The encoder itself is not changed. With several
+    processes each embeds its share. The head computes in float32 in any precision.
 
     Args:
         backbone: Encoder of features ``(B, T, F)`` to embeddings ``(B, D)``; one that was trained, such as ``backbone``
@@ -105,7 +143,7 @@ class LinearProbe(FittedHead):
         Moummad and Farrugia, "Learning audio features with metadata and contrastive learning", 2022, arXiv 2210.16192.
 
     Example:
-        >>> import tempfile, torch
+        >>> import tempfile
         >>> from lightning.pytorch import Trainer
         >>> from respiro.datamodules import ICBHIDataModule
         >>> from respiro.datasets import write_synthetic_icbhi

@@ -129,14 +129,14 @@ def test_the_probe_of_the_official_train_side() -> None:
     alone = LogisticRegression(max_iter=5000, class_weight="balanced")
     found = in_turns(
         {
-            "logistic": partial(fit_head, "logistic", train, 4),
+            "logistic": partial(fit_head, "logistic", train, CLASSES),
             "scikit-learn alone": partial(alone.fit, train.embeddings.double().numpy(), train.labels.numpy()),
-            "adam, 100 epochs": partial(fit_head, "adam", train, 4, score),
-            "knn": partial(fit_head, "knn", train, 4),
+            "adam, 100 epochs": partial(fit_head, "adam", train, CLASSES, score),
+            "knn": partial(fit_head, "knn", train, CLASSES),
         },
         rounds=3,
     )
     print(f"\nprobe of {len(train.labels)} x 512 embeddings, 4 classes, {where('cpu')}; wanted: less than 10 s")
     for name, (clock, processor) in found.items():
         print(f"  {name:18} {clock:7.3f} s (processor {processor:7.3f} s)")
-    print(f"  val score by logistic regression: {score(fit_head('logistic', train, 4)):.3f}")
+    print(f"  val score by logistic regression: {score(fit_head('logistic', train, CLASSES)):.3f}")

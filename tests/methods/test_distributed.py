@@ -147,6 +147,14 @@ model = MSCL(CNN6(), features=features, augment=SpecAugment("icbhi_sup", freq_wi
 trainer = Trainer(max_epochs=1, limit_train_batches=2, **settings)
 trainer.fit(model, datamodule=data())
 memory = model.loss.losses["class"].get_extra_state()["embeddings"]
+
+# Batch norm has met other batches on each process; the head is to be fitted to the one encoder that is kept.
+train_set = trainer.datamodule.train_set
+knn = LinearProbe(model.backbone, features=features, probe="knn")
+trainer = Trainer(**settings)
+trainer.fit(knn, datamodule=data())
+own = torch.nn.functional.normalize(knn.embed(train_set), dim=1)
+found["apart"] = (own - torch.nn.functional.normalize(knn.head.embeddings, dim=1)).abs().max().item()
 found["trained"] = [float(sum(p.detach().double().abs().sum() for p in model.parameters())), memory.sum().item()]
 open(f"{output}/{devices}_{trainer.global_rank}.json", "w").write(json.dumps(found))
 """
@@ -174,3 +182,7 @@ def test_two_processes_fit_the_head_of_one(probing: dict[str, dict[str, object]]
 def test_two_processes_contrast_with_each_other_and_stay_together(probing: dict[str, dict[str, object]]) -> None:
     """After the steps both hold the same weights, fitted head included, and the same memory."""
     assert probing["2_0"]["trained"] == probing["2_1"]["trained"]
+
+
+def test_two_processes_embed_with_one_encoder(probing: dict[str, dict[str, object]]) -> None:
+    assert probing["2_0"]["apart"] == pytest.approx(0.0, abs=1e-4)
