@@ -79,8 +79,8 @@ class Backbone(Component):
     """Encoder: features ``(B, T, F)`` to embeddings ``(B, num_features)``."""
 
     num_features: int
-    #: Name and digest of the published weights it was filled with.
-    pretrained: dict[str, str] | None = None
+    #: Name and digest of the weights it was filled with, and the front end they were trained with where that is known.
+    pretrained: dict[str, Any] | None = None
     #: Protocol record of each of its trainings, the oldest first.
     history: Sequence[dict[str, Any]] = ()
 

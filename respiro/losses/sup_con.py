@@ -135,8 +135,8 @@ class SupConLoss(Loss):
     ) -> None:
         super().__init__()
         _check_settings(temperature, denominator)
-        if memory < 0:
-            raise ValueError(f"memory must be a number of samples, 0 for none, got {memory!r}")
+        if not isinstance(memory, int) or memory < 0:
+            raise ValueError(f"memory must be a whole number of samples, 0 for none, got {memory!r}")
         self.temperature = temperature
         self.denominator: Denominator = denominator
         self.gather = gather

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from respiro.component import Loss, Transform
+from respiro.component import Loss, Transform, describe
 from respiro.errors import LabelError
 
 if TYPE_CHECKING:
     from respiro.methods.classifier import SoundClassifier
 
-__all__ = ["check_classes", "check_data", "check_mixing", "check_parts"]
+__all__ = ["check_classes", "check_data", "check_encoder", "check_mixing", "check_parts"]
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
@@ -39,6 +40,23 @@ def check_data(model: SoundClassifier, data: Any) -> None:
         rate = getattr(data, "protocol", {}).get("audio", {}).get("sample_rate", own)
         if own is not None and rate != own:
             raise ValueError(f"the data set has {rate} Hz, the {name} expect {own} Hz; give both the same sample_rate")
+
+
+def check_encoder(model: SoundClassifier) -> None:
+    """Warn if the encoder was filled with weights that were trained on other features."""
+    learnt = (getattr(model.backbone, "pretrained", None) or {}).get("features")
+    if learnt not in (None, describe(model.features)):
+        warnings.warn(
+            f"the encoder was trained on {_call(learnt)}, but gets {_call(describe(model.features))}; "
+            f"build the method with features like those, unless that is what you want",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _call(spec: dict[str, Any]) -> str:
+    arguments = ", ".join(f"{name}={value!r}" for name, value in spec.get("init_args", {}).items())
+    return f"{spec['class_path'].rpartition('.')[2]}({arguments})"
 
 
 def check_parts(model: SoundClassifier) -> None:

@@ -65,9 +65,9 @@ class TwoViews(SoundClassifier):
         for part in self.loss.modules():
             if isinstance(part, SupConLoss):
                 part.set_extra_state(None)  # a training that is resumed gets it back afterwards
-        records = getattr(getattr(self.trainer, "datamodule", None), "protocol", {}).get("metadata", {})
+        data: Any = getattr(self.trainer, "datamodule", None)
         for key in self.contrasted:
-            if problem := records.get(key, {}).get("problem"):
+            if problem := _problem(data, key):
                 raise LabelError(f"there is nothing to contrast by {key!r}: {problem}")
 
     def views(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,16 +88,29 @@ class TwoViews(SoundClassifier):
         return torch.cat([self.backbone(view) for view in views])
 
 
+def _problem(data: Any, key: str) -> str:
+    """Say why a label of the train side is of no use; nothing where it is, or where that cannot be told."""
+    record = getattr(data, "protocol", {}).get("metadata", {}).get(key)
+    if record is not None:
+        return str(record.get("problem", ""))
+    train: Any = getattr(data, "train_set", None)
+    if key not in getattr(train, "vocabularies", {}):
+        return ""
+    values = {code for code in train.codes(key).tolist() if code >= 0}
+    return "" if len(values) > 1 else f"the train side has {len(values) or 'no'} value of it; contrast by another label"
+
+
 def labels_of(batch: Mapping[str, Tensor], key: str) -> Tensor:
     """Return the labels of both views of a batch ``(2B,)``.
 
     Raises:
         LabelError: If the batch has no such labels.
     """
-    if key not in batch or batch[key].dtype != torch.int64:
+    labels = [name for name, values in batch.items() if values.dtype == torch.int64 and name not in ("index", "length")]
+    if key not in labels:
         raise LabelError(
-            f"the batches have no labels {key!r}, only {', '.join(batch)}; "
-            f"give the datamodule metadata={{{key!r}: [...]}} with the columns that they are made of"
+            f"the batches have no labels {key!r}, only {', '.join(labels)} ('label' is the class); "
+            f"give the datamodule metadata={{{key!r}: [...]}} with the columns that they are made of, beside the others"
         )
     return batch[key].repeat(2)
 

@@ -18,7 +18,7 @@ from respiro.losses import CrossEntropy, MixedCrossEntropy, cross_entropy
 from respiro.methods import _optim, _steps
 from respiro.methods._checkpoint import SelfDescribing
 from respiro.methods._optim import Optimizer, Schedule
-from respiro.methods._parts import check_classes, check_data, check_parts
+from respiro.methods._parts import check_classes, check_data, check_encoder, check_parts
 from respiro.methods._predict import AUDIO, embed_dataset, predict_dataset, predict_file, table
 from respiro.metrics._counts import metrics_for
 from respiro.models import LinearHead
@@ -181,6 +181,8 @@ class SoundClassifier(SelfDescribing):
         """Check that the data fit, and learn the protocol and the class counts from the datamodule."""
         data = getattr(self.trainer, "datamodule", None)
         check_data(self, data)
+        if stage == "fit":
+            check_encoder(self)
         if stage == "fit" and data is not None:
             seed = os.environ.get("PL_GLOBAL_SEED")
             record = {

@@ -177,6 +177,17 @@ class LinearProbe(FittedHead):
         self.save_hyperparameters({"strength": self.strength, "neighbors": self.neighbors})
         self.automatic_optimization = False
 
+    def setup(self, stage: str) -> None:
+        """Say where there is nothing yet to probe."""
+        if stage == "fit" and not self.history and getattr(self.backbone, "pretrained", None) is None:
+            warnings.warn(
+                "the encoder was neither trained nor filled with weights, so this probes random ones; "
+                "give it the backbone of a trained method, or fill it with load_weights (respiro fit --weights)",
+                UserWarning,
+                stacklevel=2,
+            )
+        super().setup(stage)
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:  # type: ignore[override]
         """Change nothing; but a step is counted, by which checkpoints tell that there is something to keep."""
         if batch_idx == 0:

@@ -129,6 +129,7 @@ def load_weights(
     backbone.pretrained = {"source": name, "sha256": digest or file_sha256(path)}
     if ours:
         earlier = list(content["respiro"].get("history", []))
+        backbone.pretrained["features"] = content["hyper_parameters"].get("features")
         backbone.history = earlier + [record for record in getattr(backbone, "history", ()) if record not in earlier]
     return LoadReport(list(new), missing, unexpected, name, backbone.pretrained["sha256"])
 

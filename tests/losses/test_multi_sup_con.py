@@ -273,7 +273,7 @@ def test_hybrid_is_built_from_plain_data() -> None:
         ({"temperature": 0.0}, "temperature must be positive and finite"),
         ({"denominator": "none"}, "denominator must be one of"),
         ({"weight": "inverse"}, "weight must be 'balanced', None or finite numbers"),
-        ({"memory": -2}, "memory must be a number of samples"),
+        ({"memory": -2}, "memory must be a whole number of samples"),
     ],
     ids=["negative", "zero", "nan", "temperature", "denominator", "class-weight", "memory"],
 )

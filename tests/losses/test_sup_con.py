@@ -522,7 +522,7 @@ def test_views_that_do_not_fit(view1: Tensor, view2: Tensor, message: str) -> No
     [
         ({"temperature": -1.0}, "temperature must be positive and finite, got -1.0"),
         ({"denominator": "none"}, "denominator must be one of"),
-        ({"memory": -1}, "memory must be a number of samples, 0 for none, got -1"),
+        ({"memory": -1}, "memory must be a whole number of samples, 0 for none, got -1"),
     ],
     ids=["temperature", "denominator", "memory"],
 )

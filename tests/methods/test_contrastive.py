@@ -375,8 +375,19 @@ def test_what_does_not_fit_is_refused(build: Any, error: type[Exception], messag
 class TestLabelsThatAreOfNoUse:
     def test_absent_from_the_batches(self, icbhi_root: Path) -> None:
         data = ICBHIDataModule(icbhi_root, batch_size=4, duration=1.0, val_fraction=0.0)
-        with pytest.raises(LabelError, match=r"no labels 'age', only waveform, .*metadata=\{'age': \[...\]\}"):
+        with pytest.raises(LabelError, match=r"no labels 'age', only patient, .*metadata=\{'age': \[...\]\}"):
             Trainer(max_epochs=1, **SILENT).fit(small(SCL, label_key="age"), datamodule=data)
+
+    def test_what_is_no_label(self) -> None:
+        batch = batch_of() | {"index": torch.arange(6), "length": torch.arange(6)}
+        with pytest.raises(LabelError, match=r"no labels 'index', only label, sex_age \('label' is the class\)"):
+            small(SCL, label_key="index").training_step(batch, 0)
+
+    def test_a_column_of_one_value(self, sprsound_root: Path) -> None:
+        data = SPRSoundDataModule(sprsound_root, partial=True, duration=1.0)
+        model = small(SCL, label_key="device", classes=data.classes, scoring=data.scoring)
+        with pytest.raises(LabelError, match="nothing to contrast by 'device': the train side has 1 value"):
+            Trainer(max_epochs=1, **SILENT).fit(model, datamodule=data)
 
     def test_a_default_label_that_the_data_cannot_give(self, icbhi_root: Path) -> None:
         class NoSex(ICBHIDataModule):

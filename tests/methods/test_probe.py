@@ -236,6 +236,21 @@ class TestLinearProbe:
             assert [record["select_on"] for record in restored.history] == ["test", "val"]
             assert "TEST-SELECTED" in str(evaluate(restored, own))
 
+    def test_an_encoder_without_training_is_told(self, icbhi_root: Path, tmp_path: Path) -> None:
+        with pytest.warns(UserWarning, match="neither trained nor filled with weights"):
+            probed(icbhi_root, tmp_path, LinearProbe(CNN6(), features=small_features(), probe="knn"))
+
+    def test_features_that_the_encoder_does_not_know_are_told(self, icbhi_root: Path, tmp_path: Path) -> None:
+        data = ICBHIDataModule(icbhi_root, batch_size=8, duration=1.0)
+        trained = SoundClassifier(CNN6(), features=small_features())
+        trainer = Trainer(max_epochs=1, limit_train_batches=1, default_root_dir=tmp_path, **SILENT)
+        trainer.fit(trained, datamodule=data)
+        trainer.save_checkpoint(tmp_path / "trained.ckpt")
+        model = LinearProbe(CNN6(), features=LogMelSpectrogram(hop_length=500, n_mels=16), probe="knn")
+        load_weights(model.backbone, tmp_path / "trained.ckpt")
+        with pytest.warns(UserWarning, match=r"trained on LogMelSpectrogram\(.*hop_length=1000.*gets .*hop_length=500"):
+            probed(icbhi_root, tmp_path, model)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -516,7 +516,11 @@ def test_a_checkpoint_of_ours_fills_any_backbone(trained: tuple[SoundClassifier,
     assert report.missing == []
     assert {"state_dict.head.linear.weight", "state_dict.head.linear.bias"} <= set(report.unexpected)
     assert all(name.startswith("state_dict.") and ".backbone." not in name for name in report.unexpected)
-    assert backbone.pretrained == {"source": str(path), "sha256": file_sha256(path)}
+    assert backbone.pretrained == {
+        "source": str(path),
+        "sha256": file_sha256(path),
+        "features": source.features.spec(),
+    }
 
 
 def test_a_checkpoint_of_ours_fills_a_method_and_its_head(trained: tuple[SoundClassifier, Path]) -> None:
