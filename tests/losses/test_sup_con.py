@@ -309,7 +309,7 @@ def test_backward_too_is_computed_in_float32_under_autocast() -> None:
             loss.backward()
         found.append((loss.detach(), x.grad))
     for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)  # several threads add up in any order
 
 
 @pytest.mark.parametrize("labels", [LABELS["balanced"], LABELS["unknown"]], ids=["balanced", "unknown"])

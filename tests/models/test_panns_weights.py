@@ -241,7 +241,7 @@ def refused(model: Any, content: Any, message: str, folder: Path) -> None:
     assert same(state(model), before)
 
 
-@pytest.mark.parametrize(("network", "other"), itertools.permutations(NETWORKS, 2))
+@pytest.mark.parametrize(("network", "other"), list(itertools.permutations(NETWORKS, 2)))
 def test_the_wrong_network_is_named(network: str, other: str, tmp_path: Path) -> None:
     message = rf"tensors of {network}\(\); it looks like a checkpoint of {other} .*Nothing was loaded\."
     refused(built(network), checkpoint(tensors(other)), message, tmp_path)
