@@ -152,18 +152,16 @@ def _adam(
     head = LinearHead(train.embeddings.shape[1], num_classes)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.1, weight_decay=1e-4)
     weight = 1 / train.labels.bincount(minlength=num_classes)
-    best, kept = float("-inf"), head.state_dict()
+    best, kept = float("-inf"), head
     for _ in range(epochs):
         for rows in torch.split(torch.randperm(len(train.labels)), batch):
             optimizer.zero_grad()
             loss = cross_entropy(head(train.embeddings[rows]), train.labels[rows], weight)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        reached = 0.0 if score is None else score(head)
-        if score is None or reached > best:
-            best, kept = reached, copy.deepcopy(head.state_dict())
-    head.load_state_dict(kept)
-    return head
+        if score is not None and (reached := score(head)) > best:
+            best, kept = reached, copy.deepcopy(head)
+    return kept
 
 
 def _nearest(train: Embedded, num_classes: int, neighbors: int) -> KNNHead:

@@ -181,9 +181,10 @@ class SoundClassifier(SelfDescribing):
         """Check that the data fit, and learn the protocol and the class counts from the datamodule."""
         data = getattr(self.trainer, "datamodule", None)
         check_data(self, data)
-        if stage == "fit":
-            check_encoder(self)
-        if stage == "fit" and data is not None:
+        if stage != "fit":
+            return
+        check_encoder(self)
+        if data is not None:
             seed = os.environ.get("PL_GLOBAL_SEED")
             record = {
                 **getattr(data, "protocol", {}),

@@ -131,7 +131,7 @@ class LinearProbe(FittedHead):
             in batches of 128, of which the one that scores best on the validation side is taken. ``"knn"``: a vote of
             the nearest by cosine similarity. All weigh the classes alike.
         strength: Inverse of the regularisation of ``"logistic"`` (``C`` of scikit-learn); positive. Of embeddings of
-            ICBHI, 1 takes many times as long as 0.01 and scored no better on the validation side.
+            ICBHI, 1 takes many times as long as 0.01 and scored about the same on the validation side.
         neighbors: Voters of ``"knn"``.
         scoring: ``"icbhi"`` or ``"sprsound"``.
 
