@@ -36,7 +36,8 @@ ALLOWED = {
     "_cli_fit": {"datamodules", "methods", *LEARNING},
     "__main__": {"cli"},
 }
-SUBPACKAGES = sorted({path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"audio"})  # audio is internal
+INTERNAL = {"audio", "store"}
+SUBPACKAGES = sorted({path.parent.name for path in PACKAGE.glob("*/__init__.py")} - INTERNAL)
 
 
 def room_of(path: Path) -> str:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, DistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from respiro import __version__
+from respiro.datamodules._sampling import check_samples_per_class, train_sampler
 from respiro.datasets import RespiratoryDataset
 from respiro.datasets.base import CODED, check_label_name, check_reading
 from respiro.datasets.metadata import ADULT, check_columns, check_limits
@@ -74,6 +74,8 @@ class RespiratoryDataModule(LightningDataModule):
         seed: int,
         num_workers: int,
         drop_last: bool,
+        samples_per_class: int | None = None,
+        feature_cache: bool = False,
         metadata: Mapping[str, Sequence[str]] | None = None,
         age_threshold: float = ADULT,
         merge_below: int = 0,
@@ -88,6 +90,8 @@ class RespiratoryDataModule(LightningDataModule):
         for name, value in (("seed", seed), ("num_workers", num_workers)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value!r}")
+        if samples_per_class is not None:
+            check_samples_per_class(samples_per_class, batch_size)
         self.split_protocol = protocol
         self.batch_size = batch_size
         self.val_fraction = val_fraction if select_on == "val" else 0.0
@@ -95,6 +99,8 @@ class RespiratoryDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.drop_last = drop_last
+        self.samples_per_class = samples_per_class
+        self.feature_cache = feature_cache
         self.metadata = _checked(metadata)
         check_limits(age_threshold, merge_below)
         self.age_threshold = age_threshold
@@ -165,6 +171,16 @@ class RespiratoryDataModule(LightningDataModule):
         if stage in {"test", "predict"}:
             self.test_set = self.data.subset(self.split.test)
 
+    def cache_features(self, features: Callable[[Tensor], Tensor], spec: Mapping[str, Any]) -> None:
+        """Keep the features of every cycle on disk, as ``features`` in the samples of every side.
+
+        See :meth:`respiro.datasets.RespiratoryDataset.cache_features`. Sides set up later have them too.
+        """
+        self.data.cache_features(features, spec)
+        for side in ("train_set", "val_set", "test_set"):
+            if hasattr(self, side):
+                getattr(self, side).feature_store = self.data.feature_store
+
     def _add_labels(self) -> dict[str, Any]:
         """Label all cycles by their metadata, and return the record of each label."""
         asked = self.metadata is not None
@@ -194,6 +210,7 @@ class RespiratoryDataModule(LightningDataModule):
             "test_splits": list(self.test_splits),
             "select_on": self.select_on,
             "val_fraction": self.val_fraction,
+            "samples_per_class": None if self.samples_per_class is None else int(self.samples_per_class),
             "seed": self.seed,
             "partial": bool(getattr(data, "partial", False)),
             "any_encoding": data.any_encoding,
@@ -207,19 +224,13 @@ class RespiratoryDataModule(LightningDataModule):
         }
 
     def train_dataloader(self) -> Loader:
-        """Shuffled train side; the last, smaller batch is kept unless ``drop_last`` is set.
+        """Train side, shuffled or in batches of equal classes (``samples_per_class``), which are all full.
 
-        Under a trainer the order depends on the seed and the epoch alone, so that a resumed training goes on as it
-        would have gone on.
+        A shuffled epoch keeps its last, smaller batch unless ``drop_last`` is set. Under a trainer the order depends on
+        the seed and the epoch alone, so that a resumed training goes on as it would have gone on.
         """
-        trainer, data = self.trainer, self.train_set
-        sampler: DistributedSampler[Any] | None = None
-        if trainer is not None:
-            # Lightning tells it each epoch. Processes must agree on the seed, also where there is none.
-            unset = 0 if trainer.world_size > 1 else torch.initial_seed() % 2**32
-            sampler = DistributedSampler(
-                data, trainer.world_size, trainer.global_rank, seed=int(os.environ.get("PL_GLOBAL_SEED", unset))
-            )
+        data = self.train_set
+        sampler = train_sampler(data, self.trainer, self.batch_size, self.samples_per_class)
         shuffle = sampler is None
         loader = DataLoader(data, sampler=sampler, shuffle=shuffle, drop_last=self.drop_last, **self._loading(data))
         if len(data) and not len(loader):

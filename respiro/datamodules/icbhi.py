@@ -32,6 +32,8 @@ class ICBHIDataModule(RespiratoryDataModule):
         seed: Chooses the validation patients (and the folds or the random split, where the protocol draws them).
         num_workers: Loader processes; reading is cheap, 0 is enough without a GPU.
         drop_last: Leave out the last train batch of an epoch where it is smaller than the others.
+        samples_per_class: Draw train batches of ``batch_size / samples_per_class`` classes with so many cycles of each,
+            instead of shuffling: what the triplet loss needs and what rare classes get.
         sample_rate: Hz.
         duration: Seconds of every waveform.
         pad: ``"repeat"``, ``"zero"`` or ``"reflect"``.
@@ -41,7 +43,9 @@ class ICBHIDataModule(RespiratoryDataModule):
         any_encoding: Accept files that are not mono PCM as published.
         download: Fetch what is missing.
         verify_tls: Check the certificate of the server when downloading.
-        cache_dir: Where resampled cycles are kept.
+        cache_dir: Where resampled cycles, and features, are kept.
+        feature_cache: Keep the features of every cycle on disk, computed once by the model's front end: for front ends
+            that take longer than the network.
         metadata: Columns of the cycles table by the batch key of the label that they make, alone or combined, such as
             ``{"place": ["device", "location"]}``: see :func:`respiro.datasets.metadata_labels`. Default
             ``{"sex_age": ["sex", "age_group"]}``; ``{}`` for none.
@@ -76,6 +80,7 @@ class ICBHIDataModule(RespiratoryDataModule):
         seed: int = 0,
         num_workers: int = 0,
         drop_last: bool = False,
+        samples_per_class: int | None = None,
         sample_rate: int = 16000,
         duration: float = 8.0,
         pad: Pad = "repeat",
@@ -86,6 +91,7 @@ class ICBHIDataModule(RespiratoryDataModule):
         download: bool = False,
         verify_tls: bool = True,
         cache_dir: str | Path | None = None,
+        feature_cache: bool = False,
         metadata: Mapping[str, Sequence[str]] | None = None,
         age_threshold: float = 18.0,
         merge_below: int = 0,
@@ -98,6 +104,8 @@ class ICBHIDataModule(RespiratoryDataModule):
             seed=seed,
             num_workers=num_workers,
             drop_last=drop_last,
+            samples_per_class=samples_per_class,
+            feature_cache=feature_cache,
             metadata=metadata,
             age_threshold=age_threshold,
             merge_below=merge_below,

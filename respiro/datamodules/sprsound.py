@@ -33,6 +33,8 @@ class SPRSoundDataModule(RespiratoryDataModule):
         seed: Chooses the validation patients.
         num_workers: Loader processes; reading is cheap, 0 is enough without a GPU.
         drop_last: Leave out the last train batch of an epoch where it is smaller than the others.
+        samples_per_class: Draw train batches of ``batch_size / samples_per_class`` classes with so many cycles of each,
+            instead of shuffling: what the triplet loss needs and what rare classes get.
         sample_rate: Hz.
         duration: Seconds of every waveform.
         pad: ``"repeat"``, ``"zero"`` or ``"reflect"``.
@@ -43,7 +45,9 @@ class SPRSoundDataModule(RespiratoryDataModule):
         any_encoding: Accept files that are not mono PCM as published.
         download: Fetch what is missing.
         verify_tls: Check the certificate of the server when downloading.
-        cache_dir: Where resampled cycles are kept.
+        cache_dir: Where resampled cycles, and features, are kept.
+        feature_cache: Keep the features of every cycle on disk, computed once by the model's front end: for front ends
+            that take longer than the network.
         metadata: Columns of the cycles table by the batch key of the label that they make, alone or combined, such as
             ``{"place": ["device", "location"]}``: see :func:`respiro.datasets.metadata_labels`. Default
             ``{"sex_age": ["sex", "age_group"]}``; ``{}`` for none.
@@ -68,6 +72,7 @@ class SPRSoundDataModule(RespiratoryDataModule):
         seed: int = 0,
         num_workers: int = 0,
         drop_last: bool = False,
+        samples_per_class: int | None = None,
         sample_rate: int = 16000,
         duration: float = 8.0,
         pad: Pad = "repeat",
@@ -79,6 +84,7 @@ class SPRSoundDataModule(RespiratoryDataModule):
         download: bool = False,
         verify_tls: bool = True,
         cache_dir: str | Path | None = None,
+        feature_cache: bool = False,
         metadata: Mapping[str, Sequence[str]] | None = None,
         age_threshold: float = 5.0,
         merge_below: int = 0,
@@ -91,6 +97,8 @@ class SPRSoundDataModule(RespiratoryDataModule):
             seed=seed,
             num_workers=num_workers,
             drop_last=drop_last,
+            samples_per_class=samples_per_class,
+            feature_cache=feature_cache,
             metadata=metadata,
             age_threshold=age_threshold,
             merge_below=merge_below,

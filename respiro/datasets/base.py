@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -17,33 +17,15 @@ from torch.utils.data import Dataset
 from typing_extensions import Self
 
 from respiro import audio
+from respiro.datasets._batch import CODED, Batch, check_label_name
 from respiro.datasets._reading import Fade, check_encoding, check_reading
 from respiro.datasets.metadata import ADULT, MetadataLabels, metadata_labels
 from respiro.errors import LabelError
-from respiro.store import WaveformStore
+from respiro.store import FeatureStore, WaveformStore
 
-__all__ = ["Batch", "Fade", "RespiratoryDataset", "check_label_name", "check_reading"]
+__all__ = ["CODED", "Batch", "Fade", "RespiratoryDataset", "check_label_name", "check_reading"]
 
-#: Metadata columns that every sample carries as an integer, -1 where unknown.
-CODED = ("patient", "device", "location", "sex", "age_group")
-
-
-class Batch(TypedDict):
-    """One collated batch of ``B`` cycles, each fitted to ``S`` samples.
-
-    Labels of :meth:`RespiratoryDataset.add_labels` are further keys: (B,) int64, -1 = unknown.
-    """
-
-    waveform: Tensor  #: (B, S) float32 in [-1, 1], but for what resampling adds to a clipped recording
-    label: Tensor  #: (B,) int64
-    index: Tensor  #: (B,) int64, row label in the cycles table
-    length: Tensor  #: (B,) int64, samples before padding
-    patient: Tensor  #: (B,) int64; like the other metadata, -1 = unknown
-    device: Tensor
-    location: Tensor
-    sex: Tensor
-    age_group: Tensor
-    quality: Tensor  #: (B,) float32, NaN = not computed
+_FILE_COLUMNS = ("path", "frames", "channels", "encoding", "duration")
 
 
 class RespiratoryDataset(Dataset[dict[str, Tensor]]):
@@ -68,11 +50,12 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         fade: Linear fades of 1/16 s: at both ends of the whole ``"recording"`` (Patch-Mix), of each ``"cycle"``
             (SCL), or ``"none"``.
         resample: ``"recording"`` resamples, then cuts (Patch-Mix); ``"cycle"`` cuts, then resamples (SCL).
-        cache_dir: Where resampled cycles are kept; default as in :class:`respiro.store.WaveformStore`.
+        cache_dir: Where resampled cycles, and features, are kept; default as in :class:`respiro.store.WaveformStore`.
         any_encoding: Accept files that are not mono 16- or 24-bit PCM; stereo is then averaged.
 
     Attributes:
         metadata: Labels that :meth:`add_labels` made, by the batch key that carries them.
+        feature_store: Features of every cycle of every split, or ``None`` before :meth:`cache_features`.
 
     Raises:
         ValueError: If an argument has no meaning.
@@ -111,6 +94,7 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         self.cache_dir = cache_dir
         self.any_encoding = any_encoding
         self.metadata: dict[str, MetadataLabels] = {}
+        self.feature_store: FeatureStore | None = None
         self.all_recordings = recordings
         shared = [
             column for column in recordings.columns if column not in cycles.columns and column not in _FILE_COLUMNS
@@ -146,7 +130,8 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
     @cached_property
     def digest(self) -> str:
         """SHA-256 over all recordings (name, rate, length, split) and all cycles (times, label): which data this is."""
-        parts = self.all_recordings[["recording", "sample_rate", "frames", "split"]], self.all_cycles[_CYCLE_COLUMNS]
+        recordings = self.all_recordings[["recording", "sample_rate", "frames", "split"]]
+        parts = recordings, self.all_cycles[["recording", "start", "end", "label"]]
         return hashlib.sha256("".join(part.to_csv(index=False) for part in parts).encode()).hexdigest()
 
     @property
@@ -215,13 +200,42 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         """Build the store now if it is not there yet."""
         _ = self.store
 
+    def cache_features(self, features: Callable[[Tensor], Tensor], spec: Mapping[str, Any]) -> None:
+        """Keep the features of every cycle of every split on disk, as ``features`` in each sample from here on.
+
+        Computed now if they are not there yet. Subsets made from here on have them too. Another call replaces them.
+
+        Args:
+            features: Front end: waveforms ``(B, S)`` to features ``(B, T, F)``.
+            spec: What tells it from others, plain data as :func:`respiro.component.describe` returns it.
+
+        Raises:
+            StoreError: If the cache cannot be written, is damaged, or cannot hold the features.
+            ValueError: If *spec* does not tell how the front end was built, or the front end has parameters.
+        """
+        spans = self.all_cycles[["recording", "start", "end"]].itertuples(index=False)
+        self.feature_store = FeatureStore.open(
+            lambda position: self._fitted(self._faded(position)),
+            [f"recording {recording!r}, {start:g} s to {end:g} s" for recording, start, end in spans],
+            {"store": self.store.folder.name, "duration": float(self.duration), "pad": self.pad, "fade": self.fade},
+            features,
+            spec,
+            cache_dir=self.cache_dir,
+        )
+
     def waveform(self, row: int) -> np.ndarray:
         """Return cycle *row* (0 to len - 1) faded but neither cut nor padded: ``(samples,)`` float32."""
-        cycle = self.store[int(self._rows[row])]
+        return self._faded(int(self._rows[row]))
+
+    def _faded(self, position: int) -> np.ndarray:
+        cycle = self.store[position]
         if self.fade == "none":
             return np.array(cycle.samples)
         begin, total = (cycle.begin, cycle.total) if self.fade == "recording" else (0, len(cycle.samples))
         return audio.fade(cycle.samples, self._fade_samples, begin=begin, total=total)
+
+    def _fitted(self, samples: np.ndarray) -> np.ndarray:
+        return audio.fit_length(samples, self._size, self.pad, 0 if self.fade == "none" else self._fade_samples)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -231,11 +245,15 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         if not -len(self) <= row < len(self):
             raise IndexError(f"cycle {row} of {len(self)}")
         samples = self.waveform(row)
-        size = round(self.duration * self.sample_rate)
-        fade_out = 0 if self.fade == "none" else self._fade_samples
-        sample = {"waveform": torch.from_numpy(audio.fit_length(samples, size, self.pad, fade_out))}
+        sample = {"waveform": torch.from_numpy(self._fitted(samples))}
         sample |= {name: column[row] for name, column in self._columns.items()}
-        return sample | {"length": torch.tensor(min(len(samples), size))}
+        if self.feature_store is not None:
+            sample["features"] = torch.from_numpy(np.array(self.feature_store[int(self._rows[row])]))
+        return sample | {"length": torch.tensor(min(len(samples), self._size))}
+
+    @property
+    def _size(self) -> int:
+        return round(self.duration * self.sample_rate)
 
     @property
     def _fade_samples(self) -> int:
@@ -254,8 +272,7 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
 
     def codes(self, column: str) -> np.ndarray:
         """Return a metadata column as int64 codes, -1 where unknown: ``(len(self),)``."""
-        known = list(self.vocabularies[column])
-        return pd.Categorical(self.cycles[column], categories=known).codes.astype("int64")
+        return pd.Categorical(self.cycles[column], list(self.vocabularies[column])).codes.astype("int64")
 
     def counts(self) -> pd.DataFrame:
         """Return recordings, patients and cycles, in all and by class, for each split and each device in it."""
@@ -280,13 +297,3 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         print(self.counts().to_string())
         if len(self.left_out):
             print(f"left out by the label map: {len(self.left_out)} cycles")
-
-
-_CYCLE_COLUMNS = ["recording", "start", "end", "label"]
-_FILE_COLUMNS = ("path", "frames", "channels", "encoding", "duration")
-
-
-def check_label_name(name: str) -> None:
-    """Raise a ``ValueError`` for a name that would hide a key of :class:`Batch`."""
-    if name in Batch.__annotations__:
-        raise ValueError(f"labels cannot be named {name!r}, which every batch has already; choose another name")
