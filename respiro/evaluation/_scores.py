@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
 
+from respiro.evaluation.statistics import Interval, bootstrap_by_patient, patient_or_recording
 from respiro.metrics._counts import rates_for
 
-__all__ = ["calibration", "calibration_error", "class_scores", "confusion", "group_scores", "overall_scores"]
+__all__ = [
+    "calibration",
+    "calibration_error",
+    "class_scores",
+    "confusion",
+    "floor_scores",
+    "group_scores",
+    "intervals",
+    "overall_scores",
+    "set_scores",
+]
 
 Counts = npt.NDArray[np.int64]
+
+#: What is shown of a part of the data, by scoring rule.
+_SHOWN = {
+    "icbhi": ("sensitivity", "specificity", "score"),
+    "sprsound": ("sensitivity", "specificity", "average_score", "harmonic_score", "score"),
+}
 
 
 def confusion(predictions: pd.DataFrame, num_classes: int) -> Counts:
@@ -54,18 +72,63 @@ def overall_scores(confmat: Counts, scoring: str, classes: Sequence[str]) -> dic
     }
 
 
+def floor_scores(predictions: pd.DataFrame, scoring: str, classes: Sequence[str]) -> dict[str, float]:
+    """Return the scores of calling every cycle normal."""
+    return overall_scores(confusion(predictions.assign(prediction=0), len(classes)), scoring, classes)
+
+
+def intervals(predictions: pd.DataFrame, scoring: str, classes: Sequence[str]) -> dict[str, Interval]:
+    """Return the 95 % interval over patients of each of :func:`overall_scores`."""
+    return bootstrap_by_patient(
+        predictions["label"],
+        predictions["prediction"],
+        patient_or_recording(predictions),
+        lambda confmat: overall_scores(confmat, scoring, classes),
+        num_classes=len(classes),
+    )
+
+
 def group_scores(
     predictions: pd.DataFrame, columns: Sequence[str], scoring: str, classes: Sequence[str]
 ) -> pd.DataFrame:
-    """Return cycles, patients, sensitivity, specificity and score of each value of each column."""
+    """Return cycles, patients, rates and scores of each value of each column."""
     rows = []
     for column in columns:
-        for value, part in predictions.groupby(predictions[column].astype(object).fillna("unknown")):
+        for value, part in _parts(predictions, column):
             scores = overall_scores(confusion(part, len(classes)), scoring, classes)
-            row = {"group": column, "value": value, "cycles": len(part), "patients": part["patient"].nunique()}
-            rows.append(row | {name: scores[name] for name in ("sensitivity", "specificity", "score")})
-    names = ["group", "value", "cycles", "patients", "sensitivity", "specificity", "score"]
-    return pd.DataFrame(rows, columns=names)
+            rows.append(
+                {"group": column, "value": value} | _size(part) | {name: scores[name] for name in _SHOWN[scoring]}
+            )
+    return pd.DataFrame(rows, columns=["group", "value", "cycles", "patients", *_SHOWN[scoring]])
+
+
+def set_scores(
+    predictions: pd.DataFrame, scoring: str, classes: Sequence[str], whole: Mapping[str, Interval]
+) -> pd.DataFrame:
+    """Return size, rates, scores, interval and floor of each test set if there are several, and of all together.
+
+    Args:
+        predictions: With a column ``split`` if there may be several test sets.
+        scoring: Name of the scoring rule.
+        classes: Class names in the order of their labels.
+        whole: The :func:`intervals` of all predictions.
+    """
+    sets = list(_parts(predictions, "split")) if "split" in predictions else []
+    found = [(name, part, intervals(part, scoring, classes)) for name, part in sets if len(sets) > 1]
+    rows = []
+    for name, part, values in [*found, ("all", predictions, whole)]:
+        row = {"set": name} | _size(part) | {rate: values[rate].value for rate in _SHOWN[scoring]}
+        row |= {"score_low": values["score"].low, "score_high": values["score"].high}
+        rows.append(row | {"floor": floor_scores(part, scoring, classes)["score"]})
+    return pd.DataFrame(rows)
+
+
+def _parts(predictions: pd.DataFrame, column: str) -> Iterator[tuple[Any, pd.DataFrame]]:
+    return iter(predictions.groupby(predictions[column].astype(object).fillna("unknown")))
+
+
+def _size(part: pd.DataFrame) -> dict[str, int]:
+    return {"cycles": len(part), "patients": part["patient"].nunique()}
 
 
 def calibration(confidence: npt.ArrayLike, correct: npt.ArrayLike, num_bins: int = 15) -> pd.DataFrame:

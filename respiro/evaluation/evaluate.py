@@ -18,7 +18,7 @@ from typing_extensions import Self
 from respiro import __version__
 from respiro.errors import LabelError
 from respiro.evaluation import _inference, _protocol, _scores, plots, report
-from respiro.evaluation.statistics import Interval, bootstrap_by_patient, patient_or_recording
+from respiro.evaluation.statistics import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,8 +49,13 @@ class Evaluation:
         intervals: 95 % interval over patients of each metric but ``ece``. A recording without a patient is taken as a
             patient of its own, as the splits do.
         per_class: ``class``, ``recall``, ``precision``, ``f1``, ``support`` (cycles).
-        by_group: ``group``, ``value``, ``cycles``, ``patients``, ``sensitivity``, ``specificity``, ``score``, for
-            device, location, sex, age group, and for each test set where there are several.
+        by_group: ``group``, ``value``, ``cycles``, ``patients``, ``sensitivity``, ``specificity``, ``score``, with
+            ``average_score`` and ``harmonic_score`` before it for SPRSound, for device, location, sex, age group, and
+            for each test set where there are several.
+        by_set: What a table of a paper shows, one row for each test set where there are several (``inter``, ``intra``)
+            and a last one, ``all``, for all together: ``set``, ``cycles``, ``patients``, the rates and scores of
+            *by_group*, ``score_low`` and ``score_high`` (95 % interval of the score over the patients of that set), and
+            ``floor``, its score if every cycle is called normal.
         floor: The metrics of calling every cycle normal.
         disjoint: The metrics without patients who are on the train side too, with ``recall_<class>``, ``cycles`` and
             ``patients``; ``None`` where there are no such patients, or the model was trained on other data sets only.
@@ -68,6 +73,7 @@ class Evaluation:
     intervals: dict[str, Interval]
     per_class: pd.DataFrame
     by_group: pd.DataFrame
+    by_set: pd.DataFrame
     floor: dict[str, float]
     disjoint: dict[str, float] | None
     confusion: pd.DataFrame
@@ -95,10 +101,7 @@ class Evaluation:
             predictions[[f"p_{name}" for name in classes]].max(axis=1),
             predictions["label"] == predictions["prediction"],
         )
-
-        def score(counts: _scores.Counts) -> dict[str, float]:
-            return _scores.overall_scores(counts, scoring, classes)
-
+        intervals = _scores.intervals(predictions, scoring, classes)
         groups = [name for name in _GROUPS if name in predictions]
         if "split" in predictions and predictions["split"].nunique() > 1:
             groups.append("split")
@@ -106,17 +109,12 @@ class Evaluation:
             predictions=predictions,
             classes=classes,
             scoring=scoring,
-            metrics=score(confmat) | {"ece": _scores.calibration_error(bins)},
-            intervals=bootstrap_by_patient(
-                predictions["label"],
-                predictions["prediction"],
-                patient_or_recording(predictions),
-                score,
-                num_classes=len(classes),
-            ),
+            metrics=_scores.overall_scores(confmat, scoring, classes) | {"ece": _scores.calibration_error(bins)},
+            intervals=intervals,
             per_class=_scores.class_scores(confmat, classes),
             by_group=_scores.group_scores(predictions, groups, scoring, classes),
-            floor=score(_scores.confusion(predictions.assign(prediction=0), len(classes))),
+            by_set=_scores.set_scores(predictions, scoring, classes, intervals),
+            floor=_scores.floor_scores(predictions, scoring, classes),
             disjoint=_disjoint(predictions, classes, scoring, protocol),
             confusion=pd.DataFrame(confmat, pd.Index(classes, name="true"), pd.Index(classes, name="predicted")),
             calibration=bins,

@@ -31,6 +31,13 @@ _NAMES = {
     "accuracy": "accuracy",
     "ece": "calibration error (ECE)",
 }
+_SHORT = {
+    "specificity": "Sp",
+    "sensitivity": "Se",
+    "average_score": "AS",
+    "harmonic_score": "HS",
+    "score": "Score",
+}
 
 
 def percent(value: float) -> str:
@@ -39,7 +46,7 @@ def percent(value: float) -> str:
 
 
 def text(evaluation: Evaluation) -> str:
-    """Return the report: protocol, scores, classes, groups; percent with two decimals."""
+    """Return the report: protocol, scores, classes, test sets, groups; percent with two decimals."""
     scores = pd.DataFrame(
         {
             "": [_NAMES[name] for name in _in_order(evaluation.metrics)],
@@ -56,11 +63,21 @@ def text(evaluation: Evaluation) -> str:
     if evaluation.disjoint is not None:
         classes.insert(2, "disjoint recall", [evaluation.disjoint[f"recall_{name}"] for name in evaluation.classes])
     parts.append(_layout(_in_percent(classes)))
-    if len(evaluation.by_group):
-        groups = evaluation.by_group.copy()
-        groups["group"] = groups["group"].where(~groups["group"].duplicated(), "")
-        parts.append(_layout(_in_percent(groups)))
+    if len(evaluation.by_set) > 1:
+        parts.append(_layout(_sets(evaluation.by_set)))
+    groups = evaluation.by_group.query("group != 'split'")  # these are the sets
+    if len(groups):
+        groups = groups.assign(group=groups["group"].where(~groups["group"].duplicated(), ""))
+        parts.append(_layout(_in_percent(groups).rename(columns=_SHORT)))
     return "\n\n".join(parts)
+
+
+def _sets(by_set: pd.DataFrame) -> pd.DataFrame:
+    bounds = zip(by_set["score"], by_set["score_low"], by_set["score_high"], strict=True)
+    table = _in_percent(by_set.drop(columns=["score_low", "score_high", "floor"])).rename(columns=_SHORT)
+    table["95 % interval"] = [_interval(interval) for interval in bounds]
+    table["all normal"] = by_set["floor"].map(percent)
+    return table
 
 
 def save(evaluation: Evaluation, folder: Path) -> Path:
@@ -99,6 +116,7 @@ def _result(evaluation: Evaluation) -> dict[str, Any]:
         "disjoint": evaluation.disjoint,
         "per_class": evaluation.per_class.to_dict("records"),
         "by_group": evaluation.by_group.to_dict("records"),
+        "by_set": evaluation.by_set.to_dict("records"),
         "confusion": evaluation.confusion.to_numpy().tolist(),
         "calibration": evaluation.calibration.to_dict("records"),
         "versions": evaluation.versions,
@@ -156,7 +174,7 @@ def _layout(table: pd.DataFrame) -> str:
     """Return aligned columns, text to the left and numbers to the right."""
     cells = [[str(name) for name in table.columns], *table.astype(str).to_numpy().tolist()]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    left = [name in ("", "class", "group", "value") for name in table.columns]
+    left = [name in ("", "class", "group", "value", "set") for name in table.columns]
     lines = [
         "  ".join(
             cell.ljust(width) if to_left else cell.rjust(width)

@@ -1,7 +1,13 @@
 """Exact ICBHI and SPRSound scores as torchmetrics."""
 
 from respiro.metrics.icbhi import ICBHIScore, ICBHISensitivity, ICBHISpecificity, icbhi_metrics
-from respiro.metrics.sprsound import SPRSoundAverageScore, SPRSoundHarmonicScore, SPRSoundScore, sprsound_metrics
+from respiro.metrics.sprsound import (
+    SPRSoundAverageScore,
+    SPRSoundHarmonicScore,
+    SPRSoundScore,
+    sprsound_metrics,
+    sprsound_total,
+)
 
 __all__ = [
     "ICBHIScore",
@@ -12,4 +18,5 @@ __all__ = [
     "SPRSoundScore",
     "icbhi_metrics",
     "sprsound_metrics",
+    "sprsound_total",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -17,10 +18,13 @@ __all__ = [
     "class_ids",
     "sprsound_metrics",
     "sprsound_rates",
+    "sprsound_total",
 ]
 
 #: Number of classes and first adventitious id of each official task.
 _TASKS = {"1-1": (2, 1), "1-2": (7, 1), "2-1": (3, 2), "2-2": (5, 2)}
+#: Weight of each official task in the challenge total.
+_WEIGHTS = {"1-1": 0.2, "1-2": 0.3, "2-1": 0.2, "2-2": 0.3}
 
 
 def class_ids(task: str | Sequence[str]) -> tuple[int, int]:
@@ -175,3 +179,30 @@ def sprsound_metrics(task: str | Sequence[str] = "1-1") -> MetricCollection:
     )
     metrics: dict[str, Metric | MetricCollection] = {kind._name: kind(task) for kind in kinds}
     return MetricCollection(metrics, compute_groups=[list(metrics)])
+
+
+def sprsound_total(scores: Mapping[str, float]) -> float:
+    """Return the total of the challenge over its four tasks: 0.2 S11 + 0.3 S12 + 0.2 S21 + 0.3 S22.
+
+    The ranking of the challenge added a bonus for running time, which is no part of this: it compares a run with those
+    of the other teams (2022: on a logarithmic scale for the first six; 2023: 0.1 times the scaled difference of the
+    logarithms of the times) and is no property of a model. A published total may contain it.
+    Calling everything normal gives 0.25. Source: Zhang et al., BioCAS 2022 and 2023 grand challenges.
+
+    Args:
+        scores: :class:`SPRSoundScore` of each task, in [0, 1], by ``"1-1"``, ``"1-2"``, ``"2-1"`` and ``"2-2"``.
+
+    Raises:
+        ValueError: If a task is missing or there is none of this name, or a score is not in [0, 1].
+
+    Example:
+        >>> round(sprsound_total({"1-1": 0.769, "1-2": 0.632, "2-1": 0.662, "2-2": 0.512}), 4)
+        0.6294
+    """
+    tasks = ", ".join(map(repr, _WEIGHTS))
+    if scores.keys() != _WEIGHTS.keys():
+        raise ValueError(f"scores must be of the tasks {tasks}, all of them and no other, got {list(scores)!r}")
+    for task, score in scores.items():
+        if not 0 <= score <= 1:
+            raise ValueError(f"the score of task {task!r} must lie in [0, 1] (not percent), got {score!r}")
+    return math.fsum(weight * float(scores[task]) for task, weight in _WEIGHTS.items())
