@@ -80,7 +80,7 @@ def spec_augment(features: Tensor, freq_masks: Tensor, time_masks: Tensor, fill:
 
 
 class SpecAugment(Transform):
-    """Time warp, frequency masks and time masks at random, drawn for every sample by itself, while training.
+    """Roll, time warp, frequency masks and time masks at random, drawn for every sample by itself, while training.
 
     A mask has a width of ``int(U(0, bound))``, so its bound is never reached, and begins anywhere it fits. In eval mode
     the input itself is returned; while training a new tensor is, and the input is never changed.
@@ -123,6 +123,8 @@ class SpecAugment(Transform):
         to_end: Whether masks may reach the last bin and the last frame. With ``False`` a mask begins at
             ``int(U(0, size - v))``, where ``v`` is its width before it is rounded down, so that they never do: the
             released code of Moummad and Farrugia, and torchaudio.
+        roll: Whether a sample is first rolled in time by any number of frames; what leaves at its end enters at its
+            beginning.
 
     Shape:
         features ``(B, T, F)``; returns the same. The generator must be on the device of the features.
@@ -156,6 +158,7 @@ class SpecAugment(Transform):
         time_width: int | None = None,
         time_warp: int | None = None,
         to_end: bool = True,
+        roll: bool = False,
     ) -> None:
         super().__init__()
         check_choice("policy", policy, get_args(PolicyName))
@@ -171,6 +174,7 @@ class SpecAugment(Transform):
         self.time_width = given.time_width if time_width is None else time_width
         self.time_warp = given.time_warp if time_warp is None else time_warp
         self.to_end = to_end
+        self.roll = roll
         if not 0 <= self.p <= 1:
             raise ValueError(f"p must lie in [0, 1], got {self.p!r}")
         for name in ("freq_masks", "freq_width", "time_masks", "time_width", "time_warp"):
@@ -188,6 +192,9 @@ class SpecAugment(Transform):
         drawn = 1 if self.gate == "normal-batch" else samples
         applied = draw(drawn, dtype=torch.float32, device=features.device, generator=generator) < self.p
         applied = applied.expand(samples)
+        if self.roll:
+            shift = torch.randint(frames, (samples, 1), device=features.device, generator=generator)
+            features = _roll(features, shift * applied[:, None])
         if self.time_warp:
             features = _warp(features, *_draw_warp(applied, self.time_warp, frames, generator))
         freq_masks = _draw_masks(applied, self.freq_masks, self.freq_width, bins, self.to_end, generator)
@@ -232,6 +239,13 @@ def _draw_warp(applied: Tensor, bound: int, frames: int, generator: Generator | 
     draw = partial(torch.randint, size=(len(applied), 1), device=applied.device, generator=generator)
     origin = draw(bound, frames - bound)
     return origin, origin + draw(-bound, bound + 1) * applied[:, None]
+
+
+def _roll(features: Tensor, shift: Tensor) -> Tensor:
+    """Move every frame *shift* ``(B, 1)`` frames later, around the end."""
+    frame = torch.arange(features.shape[1], device=features.device)
+    sample = torch.arange(len(features), device=features.device)[:, None]
+    return features[sample, (frame - shift) % len(frame)]
 
 
 def _warp(features: Tensor, origin: Tensor, goal: Tensor) -> Tensor:

@@ -143,13 +143,15 @@ class Mixup(Transform):
     Args:
         beta: Parameter of the Beta distribution; 1 is uniform, a smaller one keeps nearly all or nearly nothing.
         per_sample: Draw λ for each sample instead of once per batch.
+        p: Probability that a sample is mixed; the others stay as they are, and keep a share of 1.
 
     Shape:
         features ``(B, T, F)`` with ``B >= 2``. Returns :class:`respiro.component.Mixed`: features ``(B, T, F)``,
-        partners ``(B,)``, share kept ``()`` or, per sample, ``(B,)``.
+        partners ``(B,)``, share kept ``()`` or, per sample or with *p* below 1, ``(B,)``.
 
     Raises:
-        ValueError: If *beta* is not positive, the features have another shape, or the batch has one sample.
+        ValueError: If *beta* is not positive, *p* does not lie in [0, 1], the features have another shape, or the batch
+            has one sample.
 
     Source:
         Zhang et al., "mixup: Beyond empirical risk minimization", ICLR 2018.
@@ -162,20 +164,26 @@ class Mixup(Transform):
 
     mixes = "features"
 
-    def __init__(self, beta: float = 1.0, per_sample: bool = False) -> None:
+    def __init__(self, beta: float = 1.0, per_sample: bool = False, p: float = 1.0) -> None:
         super().__init__()
         _check_beta(beta)
+        if not 0 <= p <= 1:
+            raise ValueError(f"p must lie in [0, 1], got {p!r}")
         self.beta = beta
         self.per_sample = per_sample
+        self.p = p
 
     def forward(self, features: Tensor, generator: torch.Generator | None = None) -> Mixed:
         """Return the mixed features, the partners and the share that was kept."""
         check_floating("features", "(B, T, F)", features)
         index, lam = _draw_partners(len(features), self.beta, self.per_sample, generator)
+        if self.p < 1:
+            chosen = torch.rand(len(features), generator=generator, dtype=torch.float32) < self.p
+            lam = lam.where(chosen, 1.0)
         index, lam = (draw.to(features.device, non_blocking=True) for draw in (index, lam.float()))
         own = lam.view(-1, 1, 1)  # has dimensions, so that half-precision features are mixed in float32
         mixed = own * features + (1 - own) * features[index]
-        return Mixed(mixed.to(features.dtype), index, lam if self.per_sample else lam[0])
+        return Mixed(mixed.to(features.dtype), index, lam if self.per_sample or self.p < 1 else lam[0])
 
 
 class CutMix(Transform):

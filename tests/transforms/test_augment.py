@@ -311,3 +311,33 @@ class TestModule:
         assert SpecAugment(**fitting)(noise(1, 40, 64)).shape == (1, 40, 64)
         with pytest.raises(ValueError, match=message):
             SpecAugment(**{**fitting, **options})(noise(1, 40, 64))
+
+
+def rolling(**arguments: Any) -> SpecAugment:
+    """Nothing but the roll."""
+    return SpecAugment("LB", time_warp=0, freq_masks=0, time_masks=0, roll=True, **arguments)
+
+
+def test_a_roll_moves_every_sample_around_its_end() -> None:
+    features = noise(64, 10, 3)
+    rolled = rolling()(features, generator=seeded())
+    shifts = []
+    for before, after in zip(features, rolled, strict=True):
+        fitting = [shift for shift in range(10) if torch.equal(before.roll(shift, 0), after)]
+        assert len(fitting) == 1
+        shifts += fitting
+    assert set(shifts) == set(range(10))
+
+
+def test_a_roll_obeys_the_gate_and_the_mode() -> None:
+    features = noise(400, 10, 3)
+    kept = (rolling(p=0.4)(features, generator=seeded()) == features).all((1, 2)).float().mean()
+    assert 0.57 < kept < 0.73  # 0.6 are not augmented, and a tenth of the others not moved
+    assert rolling().eval()(features) is features
+
+
+def test_without_a_roll_the_draws_are_what_they_were() -> None:
+    features = noise(4, 300, 64)
+    plain, rolled = (SpecAugment("icbhi_sup", roll=roll)(features, generator=seeded()) for roll in (False, True))
+    assert torch.equal(plain, SpecAugment("icbhi_sup")(features, generator=seeded()))
+    assert not torch.equal(plain, rolled)

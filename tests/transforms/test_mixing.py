@@ -393,3 +393,30 @@ def test_another_shape_or_type(mix: Callable[[Tensor], Mixed], name: str, x: Ten
 def test_an_index_or_mask_that_does_not_fit(index: list[Any], mask: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         patch_mix(tokens_of(3), torch.tensor(index), torch.tensor(mask))
+
+
+def test_mixup_leaves_some_samples_whole() -> None:
+    """With p below 1 the others keep a share of exactly 1, and of the mixed ones each its own or the batch's."""
+    features = features_of(2000)
+    for per_sample in (False, True):
+        mixed = Mixup(0.4, per_sample=per_sample, p=0.3)(features, generator=seeded())
+        whole = mixed.lam == 1
+        assert mixed.lam.shape == (2000,)
+        assert 0.65 < whole.float().mean() < 0.75
+        assert torch.equal(mixed.x[whole], features[whole])
+        own = mixed.lam[~whole].view(-1, 1, 1)
+        expected = own * features[~whole] + (1 - own) * features[mixed.index[~whole]]
+        torch.testing.assert_close(mixed.x[~whole], expected)
+        assert (mixed.lam[~whole].unique().numel() == 1) is not per_sample
+
+
+@pytest.mark.parametrize(("p", "whole"), [(0.0, True), (1.0, False)], ids=["never", "always"])
+def test_the_ends_of_p(p: float, whole: bool) -> None:
+    features = features_of(8)
+    assert torch.equal(Mixup(HALF, p=p)(features, generator=seeded()).x, features) is whole
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
+def test_p_is_a_probability(p: float) -> None:
+    with pytest.raises(ValueError, match=r"p must lie in \[0, 1\], got"):
+        Mixup(p=p)
