@@ -226,8 +226,8 @@ def plain(value: Any, where: str) -> Any:
     """
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, Component):
-        return value.spec()
+    if isinstance(value, nn.Module):
+        return describe(value)
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, Mapping):

@@ -3,6 +3,7 @@
 from respiro.methods.classifier import SoundClassifier
 from respiro.methods.contrastive import SCL, SimCLR
 from respiro.methods.hybrid import HybridSCL
+from respiro.methods.inception import InceptionFusion
 from respiro.methods.mscl import MSCL
 from respiro.methods.patchmix import PatchMixCE, PatchMixCL
 from respiro.methods.probe import LinearProbe
@@ -11,6 +12,7 @@ __all__ = [
     "MSCL",
     "SCL",
     "HybridSCL",
+    "InceptionFusion",
     "LinearProbe",
     "PatchMixCE",
     "PatchMixCL",

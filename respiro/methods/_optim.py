@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from respiro.errors import check_choice
@@ -24,12 +26,19 @@ _HALF_PERIOD = 40
 _WARM_FROM = 0.1
 
 
-def configure(model: SoundClassifier) -> OptimizerLRScheduler:
-    """Return the optimiser of *model* and its schedule, set every step."""
+def configure(model: SoundClassifier, apart: Sequence[nn.Parameter] = ()) -> OptimizerLRSchedulerConfig:
+    """Return the optimiser of *model* and its schedule, set every step.
+
+    Parameters that are kept *apart* get their gradients and no step from it: what moves them is the caller's affair.
+    """
     makers: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     extra = {"momentum": 0.9, "nesterov": True} if model.optimizer == "sgd" else {}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = makers[model.optimizer](parameters, lr=model.lr, weight_decay=model.weight_decay, **extra)
+    held = {id(parameter) for parameter in apart}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in held]
+    groups: list[dict[str, Any]] = [{"params": trained}]
+    if apart:  # in the optimiser all the same, because a gradient scaler looks for gradients there
+        groups.append({"params": list(apart), "lr": 0.0, "weight_decay": 0.0})
+    optimizer = makers[model.optimizer](groups, lr=model.lr, weight_decay=model.weight_decay, **extra)
     trainer = model.trainer
     steps = trainer.estimated_stepping_batches
     if steps == float("inf") and (model.schedule != "constant" or model.warmup):

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from respiro.component import Loss, Transform, describe
+from respiro.component import Component, Loss, Transform, describe
 from respiro.errors import LabelError
 
 if TYPE_CHECKING:
     from respiro.methods.classifier import SoundClassifier
 
-__all__ = ["check_classes", "check_data", "check_encoder", "check_mixing", "check_parts"]
+__all__ = ["cache_features", "check_classes", "check_data", "check_encoder", "check_mixing", "check_parts"]
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
@@ -42,6 +42,33 @@ def check_data(model: SoundClassifier, data: Any) -> None:
             raise ValueError(f"the data set has {rate} Hz, the {name} expect {own} Hz; give both the same sample_rate")
 
 
+def cache_features(model: SoundClassifier, data: Any, stage: str) -> bool:
+    """Let a datamodule with ``feature_cache=True`` keep what the front end makes of each cycle; return whether it does.
+
+    Raises:
+        ValueError: If the features would differ from step to step, or what shapes them is not known.
+    """
+    if not getattr(data, "feature_cache", False):
+        return False
+    if stage == "fit" and not isinstance(model.waveform_augment, nn.Identity):
+        raise ValueError(
+            "waveform_augment changes the waveforms in every step, so their features cannot be kept; "
+            "use augment, which works on features, or feature_cache=False"
+        )
+    if not isinstance(model.features, Component):
+        raise ValueError(
+            f"what shapes the features of {type(model.features).__name__} is not known, so they cannot be kept on "
+            f"disk; derive it from respiro.component.Transform, or use feature_cache=False"
+        )
+    if any(getattr(part, "normalize", None) == "batch_minmax" for part in model.features.modules()):
+        raise ValueError(
+            "normalize='batch_minmax' makes the features of a clip depend on the clips beside it, so they cannot be "
+            "kept; use 'clip_minmax', or feature_cache=False"
+        )
+    data.cache_features(model.features, describe(model.features))
+    return True
+
+
 def check_encoder(model: SoundClassifier) -> None:
     """Warn if the encoder was filled with weights that were trained on other features."""
     learnt = (getattr(model.backbone, "pretrained", None) or {}).get("features")
@@ -62,6 +89,7 @@ def _call(spec: dict[str, Any]) -> str:
 def check_parts(model: SoundClassifier) -> None:
     """Raise an error for parts of ours that cannot work together; those of others show it in the first step."""
     _check_head(model.head, model.backbone, len(model.classes))
+    _check_bins(model.features, model.backbone)
     check_mixing("waveform_augment", model.waveform_augment, None)
     check_mixing("augment", model.augment, None)
     if model.mix is not None:
@@ -78,6 +106,17 @@ def _check_head(head: nn.Module, backbone: nn.Module, classes: int) -> None:
     taken = getattr(head, "in_features", given)
     if given not in (None, taken):
         raise ValueError(f"the head takes {taken} features, the backbone gives {given}; build it for as many")
+
+
+def _check_bins(features: nn.Module, backbone: nn.Module) -> None:
+    """Raise an error if the front ends do not give what the branches of a fusion take; where one does not say, pass."""
+    taken = getattr(backbone, "bins", None)
+    given = getattr(features, "bins", [getattr(features, "num_features", None)])
+    if taken is not None and None not in given and list(given) != list(taken):
+        raise ValueError(
+            f"the branches take {list(taken)} bins, the front ends give {list(given)}; build both for the same, "
+            f"SpectrogramFusion with bins=features.bins"
+        )
 
 
 def check_mixing(argument: str, part: nn.Module, kind: Literal["features", "tokens"] | None) -> None:

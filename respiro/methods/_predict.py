@@ -48,7 +48,9 @@ def table(probabilities: Tensor, classes: Sequence[str]) -> pd.DataFrame:
 
 def embed_dataset(model: SoundClassifier, data: Any) -> Tensor:
     """Return the embeddings of every cycle of *data* ``(N, D)``."""
-    return torch.cat([model._embeddings(batch["waveform"]) for batch in DataLoader(data, batch_size=BATCH)])
+    return torch.cat(
+        [model._embeddings({"waveform": batch["waveform"]}) for batch in DataLoader(data, batch_size=BATCH)]
+    )
 
 
 def predict_dataset(model: SoundClassifier, data: Any) -> pd.DataFrame:

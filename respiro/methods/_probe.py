@@ -45,7 +45,8 @@ def embedded(model: SoundClassifier, loader: DataLoader[Any]) -> Embedded:
     # In the precision that the head will meet.
     with eval_mode(model), trainer.precision_plugin.forward_context():
         for batch in DataLoader(share, loader.batch_size, num_workers=loader.num_workers):
-            embeddings.append(model._embeddings(trainer.precision_plugin.convert_input(batch["waveform"])))
+            waveform = trainer.precision_plugin.convert_input(batch["waveform"])
+            embeddings.append(model._embeddings(batch | {"waveform": waveform}))
             labels.append(batch["label"])
     own = Embedded(torch.cat(embeddings), torch.cat(labels))
     return own if world == 1 else _gathered(own, len(data), world)

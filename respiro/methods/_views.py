@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from respiro.component import Component, Transform, build, describe
 from respiro.errors import LabelError, check_choice
-from respiro.losses import HybridSupConLoss, MultiSupConLoss, SupConLoss
+from respiro.losses import HybridSupConLoss, MultiObjectiveLoss, MultiSupConLoss, SupConLoss
 from respiro.methods.classifier import SoundClassifier
 from respiro.models import Projector
 from respiro.transforms import LogMelSpectrogram, SpecAugment
@@ -70,17 +70,17 @@ class TwoViews(SoundClassifier):
             if problem := _problem(data, key):
                 raise LabelError(f"there is nothing to contrast by {key!r}: {problem}")
 
-    def views(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two augmented views of the features of waveforms ``(B, S)``, each ``(B, T, F)``."""
+    def views(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return two augmented views of the features of a batch, each ``(B, T, F)``."""
         if isinstance(self.waveform_augment, nn.Identity):
-            features = self.features(waveform)
+            features = self.extract(batch)
             return self.augment(features), self.augment(features)
-        one, other = (self.augment(self.features(self.waveform_augment(waveform))) for _ in range(2))
+        one, other = (self.training_features(batch) for _ in range(2))
         return one, other
 
     def encode(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the embeddings of both views of a batch, first all of one, then all of the other ``(2B, D)``."""
-        views = self.views(batch["waveform"])
+        views = self.views(batch)
         if self.view_forward == "concat":
             embeddings: Tensor = self.backbone(torch.cat(views))
             return embeddings
@@ -118,7 +118,7 @@ def labels_of(batch: Mapping[str, Tensor], key: str) -> Tensor:
 def weighed(loss: nn.Module, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a loss, and what is to be logged of it: its terms, and how many anchors it left out."""
     terms: dict[str, Tensor] = {}
-    if isinstance(loss, MultiSupConLoss | HybridSupConLoss):
+    if isinstance(loss, MultiSupConLoss | HybridSupConLoss | MultiObjectiveLoss):
         terms = loss.terms(*inputs)
         total = loss.total(terms)
     else:

@@ -18,7 +18,7 @@ from respiro.losses import CrossEntropy, MixedCrossEntropy, cross_entropy
 from respiro.methods import _optim, _steps
 from respiro.methods._checkpoint import SelfDescribing
 from respiro.methods._optim import Optimizer, Schedule
-from respiro.methods._parts import check_classes, check_data, check_encoder, check_parts
+from respiro.methods._parts import cache_features, check_classes, check_data, check_encoder, check_parts
 from respiro.methods._predict import AUDIO, embed_dataset, predict_dataset, predict_file, table
 from respiro.metrics._counts import metrics_for
 from respiro.models import LinearHead
@@ -74,6 +74,9 @@ class SoundClassifier(SelfDescribing):
         >>> model(torch.zeros(2, 16000)).shape
         torch.Size([2, 4])
     """
+
+    #: Whether the batches hold what our front end makes of them.
+    _cached = False
 
     def __init__(
         self,
@@ -174,13 +177,18 @@ class SoundClassifier(SelfDescribing):
 
     def forward(self, waveform: Tensor) -> Tensor:
         """Return logits ``(B, C)`` of waveforms ``(B, S)``."""
-        logits: Tensor = self.head(self.backbone(self.features(waveform)))
+        return self.classify(self.features(waveform))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return logits ``(B, C)`` of features ``(B, T, F)``."""
+        logits: Tensor = self.head(self.backbone(features))
         return logits
 
     def setup(self, stage: str) -> None:
         """Check that the data fit, and learn the protocol and the class counts from the datamodule."""
         data = getattr(self.trainer, "datamodule", None)
         check_data(self, data)
+        self._cached = cache_features(self, data, stage)
         if stage != "fit":
             return
         check_encoder(self)
@@ -220,7 +228,15 @@ class SoundClassifier(SelfDescribing):
 
     def training_features(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the augmented features ``(B, T, F)`` of a batch."""
-        features: Tensor = self.augment(self.features(self.waveform_augment(batch["waveform"])))
+        features: Tensor = self.augment(self.extract(batch))
+        return features
+
+    def extract(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the features ``(B, T, F)`` of a batch; the datamodule's cache may hold them already."""
+        waveform = batch["waveform"]
+        if self._cached and "features" in batch:
+            return batch["features"].to(waveform.dtype)
+        features: Tensor = self.features(self.waveform_augment(waveform) if self.training else waveform)
         return features
 
     def logged(self, loss: Tensor, labels: Tensor, **terms: Tensor) -> Tensor:
@@ -252,7 +268,7 @@ class SoundClassifier(SelfDescribing):
     def _evaluation_step(
         self, batch: Mapping[str, Tensor], stage: str, metrics: MetricCollection, mean_loss: MeanMetric
     ) -> None:
-        logits = self(batch["waveform"])
+        logits = self.classify(self.extract(batch))
         # Without class weights, whose mean over batches depends on how the cycles fall into batches.
         mean_loss.update(cross_entropy(logits, batch["label"]), weight=len(logits))
         metrics.update(logits, batch["label"])
@@ -307,15 +323,16 @@ class SoundClassifier(SelfDescribing):
         """
         with eval_mode(self):
             if isinstance(x, Mapping):
-                return self._embeddings(x["waveform"])
+                return self._embeddings({"waveform": x["waveform"]})
             if isinstance(x, Tensor):
-                return self._embeddings(x if x.ndim == 2 else x[None])
+                return self._embeddings({"waveform": x if x.ndim == 2 else x[None]})
             if hasattr(x, "cycles") and hasattr(x, "__getitem__"):
                 return embed_dataset(self, x)
         raise ValueError(f"embed takes waveforms, a batch or a data set, got {type(x).__name__}")
 
-    def _embeddings(self, waveform: Tensor) -> Tensor:
-        embeddings: Tensor = self.backbone(self.features(waveform.to(self.device)))
+    def _embeddings(self, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs = {name: batch[name].to(self.device) for name in ("waveform", "features") if name in batch}
+        embeddings: Tensor = self.backbone(self.extract(inputs))
         return embeddings.float().cpu()
 
     def _probabilities(self, waveform: Tensor) -> Tensor:

@@ -36,11 +36,11 @@ class FittedHead(SoundClassifier):
         self.head.requires_grad_(False)
         self.save_hyperparameters({"probe": probe})
 
-    def forward(self, waveform: Tensor) -> Tensor:
-        """Return logits ``(B, C)`` of waveforms ``(B, S)``."""
-        embeddings = self.backbone(self.features(waveform))
+    def classify(self, features: Tensor) -> Tensor:
+        """Return logits ``(B, C)`` of features ``(B, T, F)``."""
+        embeddings = self.backbone(features)
         # The scale of the embeddings is in the head's weights, where half precision would be too coarse.
-        with torch.autocast(waveform.device.type, enabled=False):
+        with torch.autocast(embeddings.device.type, enabled=False):
             logits: Tensor = self.head.float()(embeddings.float())
         return logits
 

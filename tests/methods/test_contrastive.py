@@ -82,7 +82,7 @@ class TestViews:
     @pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS)
     def test_two_views_are_two_augmentations_of_one_extraction(self, cls: type[Any]) -> None:
         model = small(cls, features=Counting(hop_length=1000, n_mels=16))
-        one, other = model.views(batch_of()["waveform"])
+        one, other = model.views(batch_of())
         assert model.features.clips == 6
         assert one.shape == other.shape == (6, 17, 16)
         assert not torch.equal(one, other)
@@ -91,7 +91,7 @@ class TestViews:
 
     def test_waveforms_that_are_augmented_are_extracted_view_by_view(self) -> None:
         model = small(SCL, features=Counting(hop_length=1000, n_mels=16), waveform_augment=WaveformAugment())
-        one, other = model.views(batch_of()["waveform"])
+        one, other = model.views(batch_of())
         assert model.features.clips == 12
         assert not torch.equal(one, other)
 
@@ -124,7 +124,7 @@ class TestLosses:
     @staticmethod
     def embeddings(model: Any, batch: dict[str, Tensor]) -> Tensor:
         torch.manual_seed(0)
-        return torch.cat([model.backbone(view) for view in model.views(batch["waveform"])])
+        return torch.cat([model.backbone(view) for view in model.views(batch)])
 
     def test_scl(self) -> None:
         model, batch = small(SCL), batch_of()
@@ -434,5 +434,5 @@ def test_a_transform_of_ones_own_can_be_the_augmentation() -> None:
         def forward(self, features: Tensor) -> Tensor:
             return features + torch.randn_like(features)
 
-    one, other = small(SCL, augment=Noise()).views(batch_of()["waveform"])
+    one, other = small(SCL, augment=Noise()).views(batch_of())
     assert not torch.equal(one, other)
