@@ -142,7 +142,7 @@ def _mean_amplitude(x: Tensor, scales: list[float], w0: float, hop: int, frames:
     padded = _smooth(max(frames, math.ceil((end + _PADDING * scales[0]) / hop)))  # in frames
     samples = hop * padded
     spectrum = torch.fft.rfft(pad(x, (before, samples - end)))
-    clips = 1 if torch.compiler.is_compiling() else max(1, len(x))  # a compiled graph is to take any batch size
+    clips = 1 if torch.compiler.is_compiling() else len(x)  # a compiled graph is to take any batch size
     chunk = (_CPU_CHUNK if x.device.type == "cpu" else _CHUNK) // clips
     means = []
     # A clip shorter than a frame may have few samples in it: each of them counts.
@@ -224,5 +224,5 @@ def _points(scale: float, hop: int) -> int:
 def _smooth(least: int) -> int:
     """Return the smallest number of at least *least* that has no prime factor above 5: fast to transform."""
     exponents = range(least.bit_length() + 1)
-    odd = (3**i * 5**j for i in exponents for j in exponents)
-    return min(int(factor) << (-(-least // factor) - 1).bit_length() for factor in odd)
+    odd = [int(3**i * 5**j) for i in exponents for j in exponents]
+    return min(factor << (-(-least // factor) - 1).bit_length() for factor in odd)

@@ -186,3 +186,51 @@ def test_two_processes_contrast_with_each_other_and_stay_together(probing: dict[
 
 def test_two_processes_embed_with_one_encoder(probing: dict[str, dict[str, object]]) -> None:
     assert probing["2_0"]["apart"] == pytest.approx(0.0, abs=1e-4)
+
+
+OBJECTIVES = """
+import json, sys
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from respiro.datamodules import SPRSoundDataModule
+from respiro.losses import CenterLoss, MixedCrossEntropy, MultiObjectiveLoss, TripletLoss
+from respiro.methods import InceptionFusion
+from respiro.models import InceptionResidual, SpectrogramFusion
+from respiro.transforms import GammatoneSpectrogram, Mixup, MorletScalogram, StackedFeatures
+
+torch.set_num_threads(1)
+root, output = sys.argv[1:]
+seed_everything(0, verbose=False)
+features = StackedFeatures([GammatoneSpectrogram(num_bands=8), MorletScalogram(num_scales=8, f_min=200)])
+branches = [InceptionResidual((8, 8), 8, 2, (0.0, 0.0)) for _ in range(2)]
+backbone = SpectrogramFusion(branches, features.bins, num_features=8)
+data = SPRSoundDataModule(root, partial=True, sample_rate=8000, duration=0.5, batch_size=4, samples_per_class=2,
+                          feature_cache=True, cache_dir=f"{output}/cache")
+loss = MultiObjectiveLoss(MixedCrossEntropy("balanced"), CenterLoss(2, 8), TripletLoss(), weighting="uncertainty")
+model = InceptionFusion(backbone, data.classes, features, scoring="sprsound", loss=loss, mix=Mixup(p=0.5))
+seen = []
+step = model.training_step
+model.training_step = lambda batch, batch_idx: (seen.extend(batch["index"].tolist()), step(batch, batch_idx))[1]
+trainer = Trainer(max_epochs=2, limit_train_batches=3, limit_val_batches=1, devices=2, accelerator="cpu",
+                  strategy="ddp", logger=False, enable_progress_bar=False, enable_model_summary=False,
+                  enable_checkpointing=False)
+trainer.fit(model, datamodule=data)
+found = {"seen": seen, "centers": model.center.centers.tolist(),
+         "weights": float(sum(p.detach().double().abs().sum() for p in model.parameters()))}
+open(f"{output}/{trainer.global_rank}.json", "w").write(json.dumps(found))
+"""
+
+
+def test_two_processes_share_centres_and_a_cache(sprsound_root: Path, tmp_path: Path) -> None:
+    """Every process has batches of its own; the centres move alike, and one fills the cache for both."""
+    script = tmp_path / "script.py"
+    script.write_text(OBJECTIVES)
+    command = [sys.executable, str(script), str(sprsound_root), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=300, cwd=tmp_path, capture_output=True)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert len(first["seen"]) == len(second["seen"]) == 2 * 3 * 4
+    assert not set(first["seen"][:12]) & set(second["seen"][:12])  # in one epoch
+    assert first["centers"] == second["centers"]
+    assert any(value for center in first["centers"] for value in center)
+    assert first["weights"] == second["weights"]
+    assert len(list((tmp_path / "cache" / "features").glob("*/meta.json"))) == 1

@@ -15,23 +15,29 @@ from torch import Tensor
 from respiro.datamodules import ICBHIDataModule
 from respiro.evaluation import evaluate
 from respiro.losses import (
+    CenterLoss,
     CrossEntropy,
     HybridSupConLoss,
     MixedCrossEntropy,
+    MultiObjectiveLoss,
     MultiSupConLoss,
     NTXentLoss,
     PatchMixContrastiveLoss,
     SupConLoss,
+    TripletLoss,
 )
-from respiro.methods import MSCL, SCL, HybridSCL, PatchMixCE, PatchMixCL, SimCLR, SoundClassifier
-from respiro.models import AST, CNN6
+from respiro.methods import MSCL, SCL, HybridSCL, InceptionFusion, PatchMixCE, PatchMixCL, SimCLR, SoundClassifier
+from respiro.models import AST, CNN6, InceptionResidual, SpectrogramFusion
 from respiro.transforms import (
     CutMix,
+    GammatoneSpectrogram,
     KaldiFbank,
     LogMelSpectrogram,
     Mixup,
+    MorletScalogram,
     PatchMix,
     SpecAugment,
+    StackedFeatures,
     WaveformAugment,
 )
 
@@ -45,7 +51,7 @@ CONTRASTIVE: dict[str, Callable[..., SoundClassifier]] = {
     "mscl": MSCL,
     "hybrid": lambda *parts, **arguments: HybridSCL(*parts, loss=HybridSupConLoss(weight=[1, 2, 3, 4]), **arguments),
 }
-METHODS = ["patchmix-ce", "patchmix-cl", "mixup", "cutmix", *CONTRASTIVE]
+METHODS = ["patchmix-ce", "patchmix-cl", "mixup", "cutmix", *CONTRASTIVE, "inception"]
 
 
 def method(name: str, **arguments: Any) -> SoundClassifier:
@@ -61,6 +67,12 @@ def method(name: str, **arguments: Any) -> SoundClassifier:
         return PatchMixCL(ast, contrastive=contrastive, target="project_flow", **arguments)
     if name in CONTRASTIVE:
         return CONTRASTIVE[name](ast, **({"augment": SpecAugment(p=0.0, freq_width=8, time_width=30)} | arguments))
+    if name == "inception":
+        branches = [InceptionResidual((8, 16), 12, 2, (0.0, 0.0), embedding_dropout=0.0) for _ in range(2)]
+        front_ends = [GammatoneSpectrogram(16000, 16), MorletScalogram(16000, 16, f_min=100)]
+        loss = MultiObjectiveLoss(MixedCrossEntropy([0.5, 1.0, 1.5, 2.0]), CenterLoss(4, 10), TripletLoss())
+        arguments |= {"features": StackedFeatures(front_ends), "loss": loss, "mix": Mixup(0.4, p=0.5)}
+        return InceptionFusion(SpectrogramFusion(branches, [16, 16], "gated", num_features=10), **arguments)
     mix = Mixup(0.4) if name == "mixup" else CutMix(per_sample=True)
     return SoundClassifier(ast, mix=mix, loss=MixedCrossEntropy([0.5, 1.0, 1.5, 2.0]), **arguments)
 
@@ -183,10 +195,14 @@ def test_waiting_is_noticed() -> None:
 PARTS: dict[str, tuple[Callable[..., torch.nn.Module], str]] = {
     "kaldi-fbank": (KaldiFbank, "waveform"),
     "log-mel": (LogMelSpectrogram, "waveform"),
+    "gammatone": (lambda: GammatoneSpectrogram(16000, 16), "waveform"),
+    "morlet": (lambda: MorletScalogram(16000, 16, f_min=100), "waveform"),
     "waveform-augment": (lambda: augmentations()["waveform_augment"], "waveform"),
     "spec-augment": (lambda: augmentations()["augment"], "features"),
     "spec-augment-zero": (lambda: SpecAugment(freq_width=8, time_width=30, fill="zero"), "features"),
+    "spec-augment-roll": (lambda: SpecAugment(freq_width=8, time_width=30, roll=True), "features"),
     "mixup": (Mixup, "features"),
+    "mixup-some": (lambda: Mixup(p=0.5), "features"),
     "cutmix": (CutMix, "features"),
     "patch-mix-patch": (PatchMix, "tokens grid"),
     "patch-mix-time": (lambda: PatchMix("time", per_sample=True), "tokens grid"),
@@ -204,6 +220,13 @@ PARTS: dict[str, tuple[Callable[..., torch.nn.Module], str]] = {
     "sup-con-memory": (lambda: SupConLoss(memory=20), "logits label"),
     "nt-xent": (NTXentLoss, "logits logits"),
     "multi-sup-con": (lambda: MultiSupConLoss({"class": 0.5, "sex": 0.5}), "by_task labels_by_task"),
+    "center": (lambda: CenterLoss(4, 4), "logits label"),
+    "triplet": (TripletLoss, "logits label"),
+    "triplet-semihard": (lambda: TripletLoss(mining="semihard"), "logits label"),
+    "multi-objective": (
+        lambda: MultiObjectiveLoss(CrossEntropy(), CenterLoss(4, 4), TripletLoss(), weighting="uncertainty"),
+        "logits logits label",
+    ),
     "hybrid-sup-con": (lambda: HybridSupConLoss(weight=[1.0, 2.0, 3.0, 4.0]), "logits logits label"),
 }
 
