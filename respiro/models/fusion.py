@@ -83,6 +83,9 @@ class SpectrogramFusion(Backbone):
         self.bias = nn.Parameter(torch.zeros(num_features))
         inputs = [sum(self.sizes)] if combination == "concat" else self.sizes
         self.projections = nn.ModuleList(nn.Linear(size, num_features, bias=False) for size in inputs)
+        if combination != "concat":
+            for projection in self.projections:  # of vectors of length 1: torch's default would give next to nothing
+                nn.init.uniform_(projection.weight, -1.0, 1.0)
         if combination == "learned":
             self.balance = nn.Parameter(torch.zeros(len(branches)))
         if combination == "gated":

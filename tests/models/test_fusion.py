@@ -172,3 +172,12 @@ def test_a_branch_that_does_not_say_its_size() -> None:
 def test_features_of_other_front_ends(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"shape .B, T, 24., \[12, 12\] bins for each branch, got"):
         fusion()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("combination", ["linear", "learned", "gated", "concat"])
+def test_the_result_is_large_enough_to_learn_from_at_first(combination: str) -> None:
+    """Whatever the length of the embeddings, as unit vectors would shrink under torch's own initial weights."""
+    torch.manual_seed(0)
+    model = SpectrogramFusion([branch(512), branch(512)], [12, 12], combination)  # type: ignore[arg-type]
+    z = model.combine([torch.randn(64, 512).relu(), torch.randn(64, 512).relu()])
+    assert 0.1 < z.std() < 1.0
