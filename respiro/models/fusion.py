@@ -82,10 +82,7 @@ class SpectrogramFusion(Backbone):
         # One bias for all, where there are several projections.
         self.bias = nn.Parameter(torch.zeros(num_features))
         inputs = [sum(self.sizes)] if combination == "concat" else self.sizes
-        self.projections = nn.ModuleList(nn.Linear(size, num_features, bias=False) for size in inputs)
-        if combination != "concat":
-            for projection in self.projections:  # of vectors of length 1: torch's default would give next to nothing
-                nn.init.uniform_(projection.weight, -1.0, 1.0)
+        self.projections = nn.ModuleList(_projection(size, num_features, combination != "concat") for size in inputs)
         if combination == "learned":
             self.balance = nn.Parameter(torch.zeros(len(branches)))
         if combination == "gated":
@@ -139,6 +136,13 @@ def _unit(x: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     unit: Tensor = x / length.masked_fill(length == 0, 1.0)
     return unit
+
+
+def _projection(in_features: int, out_features: int, of_unit_vectors: bool) -> nn.Linear:
+    projection = nn.Linear(in_features, out_features, bias=False)
+    if of_unit_vectors:  # of which torch's default weights would leave next to nothing
+        nn.init.uniform_(projection.weight, -1.0, 1.0)
+    return projection
 
 
 def _size(branch: Any) -> int:
