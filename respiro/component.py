@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -109,6 +109,16 @@ class Transform(Component):
 
     #: What it mixes the samples of, returning :class:`Mixed`; nothing, if it is no mixing transform.
     mixes: ClassVar[Literal["features", "tokens"] | None] = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Moves to a device come this way, and so do casts, of which windows and filters would keep a few digits.
+        constants = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, constant in constants.items():
+            moved = self._buffers[name]
+            if constant is not None and moved is not None and moved.dtype != constant.dtype:
+                self._buffers[name] = constant.to(moved.device)
+        return self
 
 
 class Mixed(NamedTuple):

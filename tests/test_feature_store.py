@@ -36,7 +36,7 @@ class Frames(nn.Module):
     def __init__(self, gain: float = 2.0) -> None:
         super().__init__()
         self.gain: Tensor
-        self.register_buffer("gain", torch.tensor(gain))
+        self.register_buffer("gain", torch.tensor(gain), persistent=False)
         self.seen: list[int] = []
         self.drop = nn.Dropout(0.5)
 
@@ -76,10 +76,6 @@ def opened(
     return FeatureStore.open(wave, names(count), reading, front_end, spec, cache_dir=cache, progress=False)
 
 
-def never(waveform: Tensor) -> Tensor:
-    raise AssertionError("the features are on disk already")
-
-
 def left_in(cache: Path) -> list[str]:
     """What lies in the cache, without the locks."""
     return [path.name for path in (cache / "features").glob("*") if path.suffix != ".lock"]
@@ -113,12 +109,25 @@ def test_the_file_holds_nothing_but_the_features(cache: Path) -> None:
         store[5]
 
 
-def test_a_finished_store_is_opened_without_computing_or_writing(cache: Path) -> None:
+def test_a_finished_store_is_opened_without_writing(cache: Path) -> None:
+    """Two cycles are computed, to be compared."""
     first = opened(cache)
     (lock,) = cache.glob("features/*.lock")
     lock.unlink()
-    assert opened(cache, never).folder == first.folder
+    front_end = Frames()
+    assert opened(cache, front_end).folder == first.folder
     assert not lock.exists()
+    assert front_end.seen == [2]
+
+
+def test_a_front_end_that_computes_something_else_is_noticed(cache: Path) -> None:
+    """Its code has changed, or what its arguments do not tell."""
+    folder = opened(cache).folder
+    with pytest.raises(StoreError, match=f"{folder} cannot be used: it holds other features.*Delete that folder"):
+        opened(cache, Frames(gain=2.1))
+    with pytest.raises(StoreError, match="it holds other features"):
+        opened(cache, lambda waveforms: waveforms.unfold(1, 5, 5))
+    assert opened(cache, Frames(gain=2.001)).folder == folder  # as another device would round
 
 
 def test_a_function_is_a_front_end_too(cache: Path) -> None:
@@ -189,7 +198,7 @@ def test_whatever_shapes_the_content_makes_another_store(cache: Path, reading: A
 def test_the_order_of_arguments_does_not_matter(cache: Path) -> None:
     spec = {"init_args": {"bands": [1, 2], "gain": 2.0}, "class_path": SPEC["class_path"]}
     store = opened(cache, count=3)
-    assert opened(cache, never, 3, dict(reversed(READING.items())), spec).folder == store.folder
+    assert opened(cache, None, 3, dict(reversed(READING.items())), spec).folder == store.folder
 
 
 # --------------------------------------------------------------------------------------------- builders, side by side
@@ -307,8 +316,9 @@ def test_a_front_end_that_fails_leaves_nothing(cache: Path) -> None:
         (lambda x: x[None], r"it made \(1, 32, 95\)"),
         (lambda x: x[:, None, : len(x)], r"gave \(1, 32\) features, then \(1, 6\)"),
         (nn.Linear(95, 3), "Linear has parameters.*leave the feature cache off"),
+        (nn.BatchNorm1d(95, affine=False), "BatchNorm1d has parameters or another state"),
     ],
-    ids=["no-frames", "no-batch", "ragged", "parameters"],
+    ids=["no-frames", "no-batch", "ragged", "parameters", "state"],
 )
 def test_a_front_end_that_makes_something_else_is_refused(cache: Path, features: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -320,11 +330,15 @@ def test_a_front_end_that_makes_something_else_is_refused(cache: Path, features:
     ("arguments", "message"),
     [
         ({"spec": {"class_path": "mylab.Foreign"}}, r"features of 'mylab\.Foreign' cannot be told from others"),
+        (
+            {"spec": {**SPEC, "init_args": {"parts": [SPEC, {"class_path": "mylab.Nested"}]}}},
+            r"features of 'mylab\.Nested' cannot be told from others",
+        ),
         ({"spec": {**SPEC, "init_args": {"window": torch.ones(3)}}}, "plain data.*Tensor"),
         ({"reading": {"duration": np.float32(1.0)}}, "plain data.*float32"),
         ({"count": 0}, "no cycles"),
     ],
-    ids=["foreign", "tensor", "numpy", "empty"],
+    ids=["foreign", "nested foreign", "tensor", "numpy", "empty"],
 )
 def test_arguments_without_meaning_are_refused(cache: Path, arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -257,9 +257,9 @@ def ngo2023(row: str, corrected: bool) -> dict[str, Any]:
                 "transforms.SpecAugment",
                 policy="icbhi_sup",
                 freq_masks=2 if single else 4,
-                freq_width=16,
+                freq_width=17,  # up to 16 and 24: the bounds are never drawn
                 time_masks=2,
-                time_width=24,
+                time_width=25,
                 roll=True,
             ),
             mix=part("transforms.Mixup", beta=0.4, per_sample=True, p=0.5),

@@ -211,6 +211,7 @@ class RespiratoryDataModule(LightningDataModule):
             "select_on": self.select_on,
             "val_fraction": self.val_fraction,
             "samples_per_class": None if self.samples_per_class is None else int(self.samples_per_class),
+            "feature_cache": bool(self.feature_cache),
             "seed": self.seed,
             "partial": bool(getattr(data, "partial", False)),
             "any_encoding": data.any_encoding,

@@ -153,22 +153,22 @@ class CenterLoss(Loss):
         return center_loss(embeddings, labels, self.centers)
 
     @torch.no_grad()
-    def step(self, scale: float = 1.0) -> None:
+    def step(self, scale: float | Tensor = 1.0) -> None:
         """Move the centres by their gradient: ``centers -= rate * centers.grad / scale``.
 
         Without a gradient nothing happens. The gradient stays as it is: clear it as you do those of the network.
 
         Args:
             scale: Weight that this loss had in the total, times that of a gradient scaler that has not been undone, so
-                that neither slows the centres down; positive.
+                that neither slows the centres down; positive, a number or a scalar tensor.
 
         Raises:
-            ValueError: If *scale* is not positive and finite.
+            ValueError: If *scale* is a number that is not positive and finite.
         """
-        if not 0 < scale < float("inf"):
+        if not isinstance(scale, Tensor) and not 0 < scale < float("inf"):
             raise ValueError(f"scale must be positive and finite, got {scale!r}")
         if self.centers.grad is not None:
-            self.centers.sub_(self.centers.grad, alpha=self.rate / scale)
+            self.centers.sub_(self.centers.grad * (self.rate / scale))
 
 
 class TripletLoss(Loss):

@@ -151,6 +151,15 @@ class MultiObjectiveLoss(Loss):
         parts += [0.0 * s for name, s in self.log_variances.items() if name not in terms]
         return torch.stack(parts).sum()
 
+    def step_centers(self) -> None:
+        """Move the centres at their own rate, whatever weight their term has: :meth:`CenterLoss.step`, after backward.
+
+        Where weights are learned, call it while they are those of the backward pass, or one step further.
+        """
+        if self.center is not None:
+            learned = torch.exp(-self.log_variances["center"]) if "center" in self.log_variances else 1.0
+            self.center.step(self.weights["center"] * learned)
+
     def _certain(self, name: str, term: Tensor) -> Tensor:
         if name not in self.log_variances:
             return term

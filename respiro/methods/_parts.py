@@ -11,6 +11,8 @@ from torch import nn
 
 from respiro.component import Component, Loss, Transform, describe
 from respiro.errors import LabelError
+from respiro.models import SpectrogramFusion
+from respiro.transforms import StackedFeatures
 
 if TYPE_CHECKING:
     from respiro.methods.classifier import SoundClassifier
@@ -48,7 +50,7 @@ def cache_features(model: SoundClassifier, data: Any, stage: str) -> bool:
     Raises:
         ValueError: If the features would differ from step to step, or what shapes them is not known.
     """
-    if not getattr(data, "feature_cache", False):
+    if stage == "predict" or not getattr(data, "feature_cache", False):
         return False
     if stage == "fit" and not isinstance(model.waveform_augment, nn.Identity):
         raise ValueError(
@@ -110,11 +112,12 @@ def _check_head(head: nn.Module, backbone: nn.Module, classes: int) -> None:
 
 def _check_bins(features: nn.Module, backbone: nn.Module) -> None:
     """Raise an error if the front ends do not give what the branches of a fusion take; where one does not say, pass."""
-    taken = getattr(backbone, "bins", None)
-    given = getattr(features, "bins", [getattr(features, "num_features", None)])
-    if taken is not None and None not in given and list(given) != list(taken):
+    if not isinstance(backbone, SpectrogramFusion):
+        return
+    given = features.bins if isinstance(features, StackedFeatures) else [getattr(features, "num_features", None)]
+    if None not in given and given != backbone.bins:
         raise ValueError(
-            f"the branches take {list(taken)} bins, the front ends give {list(given)}; build both for the same, "
+            f"the branches take {backbone.bins} bins, the front ends give {given}; build both for the same, "
             f"SpectrogramFusion with bins=features.bins"
         )
 

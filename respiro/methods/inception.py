@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from respiro.component import Backbone, Component, Loss, Transform
 from respiro.errors import LabelError
 from respiro.losses import CenterLoss, MultiObjectiveLoss, TripletLoss
 from respiro.methods import _optim
-from respiro.methods._optim import Optimizer, Schedule
+from respiro.methods._optim import Optimizer as OptimizerName
+from respiro.methods._optim import Schedule
 from respiro.methods._views import weighed
 from respiro.methods.classifier import SoundClassifier
 from respiro.models import InceptionResidual, LinearHead, SpectrogramFusion
@@ -39,6 +41,8 @@ class InceptionFusion(SoundClassifier):
             another backbone than a fusion the first of them alone. They are for sound at 8 kHz.
         loss: Default :class:`respiro.losses.MultiObjectiveLoss` of all its terms; another loss gets ``(logits,
             embeddings, labels)``.
+
+    The centres are out of reach of gradient clipping.
 
     Raises:
         ValueError: If the front ends have other bins than the branches take, or the centres another size than the
@@ -68,7 +72,7 @@ class InceptionFusion(SoundClassifier):
         head: Component | None = None,
         loss: Loss | None = None,
         scoring: Literal["icbhi", "sprsound"] = "icbhi",
-        optimizer: Optimizer = "adamw",
+        optimizer: OptimizerName = "adamw",
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
         schedule: Schedule = "cosine",
@@ -112,9 +116,8 @@ class InceptionFusion(SoundClassifier):
 
     @property
     def center(self) -> CenterLoss | None:
-        """The centre term, if there is one."""
-        center: Any = getattr(self.loss, "center", None)
-        return center if isinstance(center, CenterLoss) else None
+        """The centre term of a loss of ours, if it has one."""
+        return self.loss.center if isinstance(self.loss, MultiObjectiveLoss) else None
 
     def _check_centers(self) -> None:
         if self.center is None:
@@ -159,11 +162,18 @@ class InceptionFusion(SoundClassifier):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimiser and its schedule; the centres move after each of its steps, at their own rate."""
-        center = self.center
-        if center is None:
+        if self.center is None:
             return _optim.configure(self)
-        configured = _optim.configure(self, apart=[center.centers])
-        objective: Any = self.loss
-        weight = objective.weights["center"]
-        configured["optimizer"].register_step_post_hook(lambda *_: center.step(weight))
+        configured = _optim.configure(self, apart=[self.center.centers])
+        configured["optimizer"].register_step_post_hook(lambda *_: self._move_centers())
         return configured
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Take the gradient of the centres away, before it is clipped with those of the network."""
+        if self.center is not None:
+            self._pull, self.center.centers.grad = self.center.centers.grad, None
+
+    def _move_centers(self) -> None:
+        if self.center is not None and isinstance(self.loss, MultiObjectiveLoss):
+            self.center.centers.grad = self._pull
+            self.loss.step_centers()

@@ -135,7 +135,7 @@ def _unit(x: Tensor) -> Tensor:
     """Return the rows scaled to length 1; a row of zeros stays zero."""
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     unit: Tensor = x / length.masked_fill(length == 0, 1.0)
-    return unit
+    return unit.to(x.dtype)
 
 
 def _projection(in_features: int, out_features: int, of_unit_vectors: bool) -> nn.Linear:

@@ -69,28 +69,33 @@ class FeatureStore(FolderStore):
 
         The features are computed on the device of the front end, in batches, in float32 and in eval mode. One process
         builds; others that want the same store wait for it. A build that fails or is killed leaves nothing that could
-        be taken for a store.
+        be taken for a store. Of a store that is there already, the first and the last cycle are computed again: what
+        the arguments do not tell, such as the code of a front end of one's own, may have changed.
 
         Args:
             waveform: Gives the waveform of cycle 0, 1, ...: ``(S,)`` float32, all of one length.
             names: What messages call each cycle; there are as many cycles.
             reading: Everything that shapes the waveforms, as plain data.
-            features: Front end ``(B, S) -> (B, T, F)`` without parameters.
+            features: Front end ``(B, S) -> (B, T, F)`` without parameters or another state.
             spec: Everything that shapes the front end: ``class_path`` and ``init_args``, plain data.
             cache_dir: Folder of all caches, as in :meth:`respiro.store.WaveformStore.open`.
             progress: Show a progress bar while computing.
 
         Raises:
-            StoreError: If the cache cannot be written, is damaged, or cannot hold a feature: one that is not finite, or
-                too large for float16.
-            ValueError: If the front end has parameters or gives another shape, if *spec* does not tell how it was
-                built, or if there are no cycles.
+            StoreError: If the cache cannot be written, is damaged, holds other features than the front end makes now,
+                or cannot hold a feature: one that is not finite, or too large for float16.
+            ValueError: If the front end has a state or gives another shape, if *spec* does not tell how it and its
+                parts were built, or if there are no cycles.
         """
         request = _Request(waveform, names, reading, features, spec)
         request.check()
         folder = cache_folder(cache_dir) / "features" / request.key()
+        found = folder.exists()
         cls._ensure(folder, partial(cls._build, request, folder, progress))
-        return cls(folder)
+        store = cls(folder)
+        if found:
+            store._check_made_by(request)
+        return store
 
     def __getitem__(self, row: int) -> np.ndarray:
         return self._values[row]  # type: ignore[no-any-return]
@@ -102,6 +107,18 @@ class FeatureStore(FolderStore):
     def shape(self) -> tuple[int, ...]:
         """Cycles, frames and features of a frame: ``(N, T, F)``."""
         return self._values.shape
+
+    def _check_made_by(self, request: _Request) -> None:
+        """Raise a :class:`StoreError` if the front end makes something else now than what is kept."""
+        rows = sorted({0, len(self) - 1})
+        kept = np.stack([self[row] for row in rows]).astype("float32")
+        with _evaluating(request.features):
+            made = request.compute(rows).astype("float32")
+        # Devices round differently, by far less than this.
+        if made.shape != kept.shape or np.abs(made - kept).mean() > 0.01 * np.abs(kept).mean() + 1e-6:
+            raise self._damaged(
+                "it holds other features than the front end makes now, though its arguments are the same"
+            )
 
     def _stored(self, row: int) -> np.ndarray:
         return self[row]
@@ -142,15 +159,15 @@ class _Request:
     def check(self) -> None:
         if not len(self.names):
             raise ValueError("there are no cycles to keep features of")
-        if not {"class_path", "init_args"} <= set(self.spec):
+        if (name := _untold(self.spec)) is not None:
             raise ValueError(
-                f"features of {self.spec.get('class_path')!r} cannot be told from others, as its arguments are not "
-                f"known; make it a respiro.component.Transform, or leave the feature cache off"
+                f"features of {name!r} cannot be told from others, as its arguments are not known; make it a "
+                f"respiro.component.Transform, or leave the feature cache off"
             )
-        if isinstance(self.features, nn.Module) and any(True for _ in self.features.parameters()):
+        if isinstance(self.features, nn.Module) and self.features.state_dict():
             raise ValueError(
-                f"{type(self.features).__name__} has parameters, which its arguments do not tell and training may "
-                f"change, so its features cannot be kept; leave the feature cache off"
+                f"{type(self.features).__name__} has parameters or another state, which its arguments do not tell and "
+                f"training may change, so its features cannot be kept; leave the feature cache off"
             )
 
     def key(self) -> str:
@@ -162,7 +179,7 @@ class _Request:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @torch.inference_mode()
-    def compute(self, rows: range) -> np.ndarray:
+    def compute(self, rows: Sequence[int]) -> np.ndarray:
         """Return the features of some cycles as they are stored: ``(B, T, F)``."""
         buffers = self.features.buffers() if isinstance(self.features, nn.Module) else iter(())
         device = next(buffers, torch.empty(0)).device
@@ -178,6 +195,16 @@ class _Request:
             bad = int(fits.int().argmin())
             raise StoreError(f"{self.names[rows[bad]]}: {_unfit(values[bad])}. Or leave the feature cache off.")
         return half.numpy()
+
+
+def _untold(spec: Any) -> str | None:
+    """Return the class of a part, at any depth, whose arguments a description does not hold."""
+    if isinstance(spec, Mapping):
+        if "class_path" in spec and "init_args" not in spec:
+            return str(spec["class_path"])
+        spec = list(spec.values())
+    parts = spec if isinstance(spec, list | tuple) else []
+    return next((name for part in parts if (name := _untold(part)) is not None), None)
 
 
 def _unfit(values: Tensor) -> str:

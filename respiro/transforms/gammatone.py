@@ -6,13 +6,11 @@ bandwidths (ERB). Their formulas are functions in float64, the front end is a mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from respiro.component import Transform
 from respiro.errors import check_choice
@@ -176,10 +174,3 @@ class GammatoneSpectrogram(Transform):
         if self.center:
             return self.n_fft // 2 + 1, f"a reflected window of {self.n_fft} samples"
         return self.n_fft, f"one window of {self.n_fft} samples"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Moves to a device go through here, and so do casts: they must not leave weights of a few digits behind.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, constant in self._exact.items():
-            setattr(self, name, constant.to(getattr(self, name).device, torch.float32))
-        return self

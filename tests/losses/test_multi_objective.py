@@ -421,3 +421,23 @@ def test_two_processes_learn_the_same_though_terms_are_absent(tmp_path: Path) ->
     assert first["log_variances.auxiliary"] == 0
     assert first["log_variances.triplet"] != 0
     assert torch.tensor(first["center.centers"]).any(dim=1).all()  # each class occurred on one process or the other
+
+
+@pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
+def test_the_centres_move_alike_whatever_their_weight(weighting: str) -> None:
+    """Neither the weight of the term nor a learned one slows them down or speeds them up."""
+    z, labels = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([0, 1])
+    found = []
+    for weight, log_variance in ((0.005, 0.0), (2.0, -4.0)):
+        loss = MultiObjectiveLoss(CrossEntropy(), CenterLoss(2, 2), center_weight=weight, weighting=weighting)
+        if weighting == "uncertainty":
+            loss.log_variances["center"].data.fill_(log_variance)
+        loss(z, z, labels).backward()
+        loss.step_centers()
+        found.append(loss.center.centers.detach())
+    torch.testing.assert_close(found[0], torch.tensor([[0.75, 1.0], [0.0, 0.25]]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_without_centres_there_is_nothing_to_move() -> None:
+    MultiObjectiveLoss(CrossEntropy()).step_centers()

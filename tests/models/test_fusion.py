@@ -141,11 +141,17 @@ def test_it_survives_a_checkpoint(combination: str) -> None:
     assert torch.equal(again(x), model(x))
 
 
-def test_half_precision_is_close() -> None:
-    model, parts = fusion(), embeddings()
-    with torch.autocast("cpu", torch.bfloat16):
-        half = model.combine([part.bfloat16() for part in parts])
-    torch.testing.assert_close(half.float(), model.combine(parts), rtol=0.05, atol=0.05)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_half_precision_is_close(combination: str, dtype: torch.dtype) -> None:
+    model, parts = fusion(combination), embeddings()
+    exact = model.combine(parts)
+    with torch.autocast("cpu", dtype):
+        mixed = model.combine([part.to(dtype) for part in parts])
+    torch.testing.assert_close(mixed.float(), exact, rtol=0.05, atol=0.05)
+    half = model.to(dtype).combine([part.to(dtype) for part in parts])
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.float(), exact, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -239,3 +239,12 @@ def test_short_clips_name_the_samples_they_need(features: Transform, samples: in
 def test_bad_arguments(make: Callable[[], Transform], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("front_end", [KaldiFbank, LogMelSpectrogram])
+def test_a_cast_leaves_the_constants_as_they_were(front_end: type[Transform], dtype: torch.dtype) -> None:
+    """A trainer casts the whole model (``bf16-true``); filters of a few digits would be other filters."""
+    waveform = torch.randn(2, 16000, generator=torch.Generator().manual_seed(0)) * 0.1
+    cast = front_end().to(dtype)
+    assert torch.equal(cast(waveform), front_end()(waveform))
