@@ -32,10 +32,11 @@ def check_batches(trainer: Any, smallest: int) -> None:
         ValueError: If the last batch of an epoch has fewer samples than *smallest*.
     """
     loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader) or loader.batch_size is None or trainer.num_training_batches < len(loader):
+    if not isinstance(loader, DataLoader) or loader.batch_size is None:
         return
     samples = len(loader.sampler)  # type: ignore[arg-type]  # a loader with a length has a sampler with one
-    last = loader.batch_size if loader.drop_last else samples % loader.batch_size or loader.batch_size
+    whole = loader.drop_last or trainer.num_training_batches < len(loader)  # the last batch of an epoch is not met
+    last = loader.batch_size if whole else samples % loader.batch_size or loader.batch_size
     if last < smallest:
         raise ValueError(
             f"{samples} train samples in batches of {loader.batch_size} leave a batch of {last}, but the method needs "

@@ -124,7 +124,10 @@ class InceptionFusion(SoundClassifier):
             return
         count, size = self.center.centers.shape
         if count != len(self.classes):
-            raise LabelError(f"there are {count} centres for {len(self.classes)} classes; build CenterLoss for as many")
+            raise LabelError(
+                f"there are {count} centres for {len(self.classes)} classes; build CenterLoss for as many, in a config "
+                f"or on the command line model.loss.init_args.center.init_args.num_classes"
+            )
         if size != self.backbone.num_features:
             raise ValueError(
                 f"the centres have {size} numbers, the embeddings {self.backbone.num_features}; "

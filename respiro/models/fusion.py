@@ -47,7 +47,7 @@ class SpectrogramFusion(Backbone):
     Raises:
         ValueError: If the combination is unknown, there is no branch, or not one number of bins for each; when called,
             if the features have other bins.
-        TypeError: If a branch has no ``num_features``.
+        TypeError: If *branches* or *bins* is no list, or a branch has no ``num_features``.
 
     Source:
         Ngo, Pham et al., arXiv 2303.04104, whose second version joins its branches linearly while training instead of
@@ -69,6 +69,9 @@ class SpectrogramFusion(Backbone):
     ) -> None:
         super().__init__()
         check_choice("combination", combination, get_args(Combination))
+        for name, value in (("branches", branches), ("bins", bins)):
+            if not isinstance(value, list | tuple | nn.ModuleList):
+                raise TypeError(f"{name} must be a list with an entry for each branch, got {type(value).__name__}")
         if not branches or len(bins) != len(branches) or any(count < 1 for count in bins):
             raise ValueError(f"bins must have a positive number for each of {len(branches)} branches, got {bins!r}")
         self.branches = nn.ModuleList(branches)

@@ -24,7 +24,8 @@ class StackedFeatures(Transform):
         features: The front ends, one at least, all for one sampling rate.
         frames: Number of frames that each front end's features are brought to: averaged along time where there are more
             (over windows that cover them all), linearly interpolated where there are fewer, left alone where there are
-            as many. By default all front ends must give the same number by themselves.
+            as many. It fits one duration: longer clips are squeezed into as many frames. By default all front ends must
+            give the same number by themselves.
 
     Shape:
         waveform ``(B, S)``; returns ``(B, T, F1 + F2 + ...)``, with ``T = frames`` if that is given. ``bins`` lists the

@@ -363,10 +363,12 @@ def test_parts_that_do_not_fit(arguments: dict[str, Any], error: type[Exception]
         small(**arguments)
 
 
-def test_a_batch_of_one_is_found_before_training(sprsound_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [None, 2], ids=["whole", "limited"])
+def test_a_batch_of_one_is_found_before_training(limit: int | None, sprsound_root: Path, tmp_path: Path) -> None:
     data = SPRSoundDataModule(sprsound_root, partial=True, sample_rate=8000, duration=0.5, batch_size=1)
+    trainer = Trainer(max_epochs=1, limit_train_batches=limit, default_root_dir=tmp_path, **SILENT)
     with pytest.raises(ValueError, match="the method needs at least 2"):
-        Trainer(max_epochs=1, default_root_dir=tmp_path, **SILENT).fit(small(), datamodule=data)
+        trainer.fit(small(), datamodule=data)
 
 
 def test_predicting_needs_no_cache(sprsound_root: Path, tmp_path: Path) -> None:

@@ -174,6 +174,16 @@ def test_a_branch_that_does_not_say_its_size() -> None:
         SpectrogramFusion([nn.Identity()], [12])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((branch(), [12]), "branches must be a list .* got InceptionResidual"), (([branch()], 12), "bins must be a list")],
+    ids=["branches", "bins"],
+)
+def test_one_branch_is_a_list_too(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        SpectrogramFusion(*arguments)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("shape", [(2, 16, 23), (2, 24)], ids=["bins", "dimensions"])
 def test_features_of_other_front_ends(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"shape .B, T, 24., \[12, 12\] bins for each branch, got"):
