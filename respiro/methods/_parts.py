@@ -142,6 +142,6 @@ def _check_loss(model: SoundClassifier) -> None:
     if taken != model.loss_inputs:
         raise TypeError(
             f"{type(model.loss).__name__} takes ({', '.join(taken)}) and cannot be the loss of this "
-            f"{type(model).__name__}, which gives it ({', '.join(model.loss_inputs)}); name them so, or use a "
-            f"loss such as {type(model._default_loss()).__name__}"
+            f"{type(model).__name__}, which gives it ({', '.join(model.loss_inputs)}); use a loss such as "
+            f"{type(model._default_loss()).__name__}"
         )
