@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from typing_extensions import Self
 
 from respiro.errors import CheckpointError
@@ -33,11 +34,13 @@ __all__ = [
     "describe",
     "eval_mode",
     "plain",
+    "unit",
 ]
 
 Spec = dict[str, Any]
 Part = TypeVar("Part", bound=nn.Module)
 _PLAIN = (str, int, float, bool, type(None))
+_SHORTEST = 1e-12  # of a row that has a direction, as torch's normalize has it
 
 
 class Component(nn.Module):
@@ -245,6 +248,31 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item, where) for item in value]
     raise CheckpointError(f"{where} holds a {type(value).__name__}, which a checkpoint cannot hold; pass plain data")
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return the rows scaled to length 1, in float32 or, if they came so, in float64.
+
+    A row of zeros (no value above 1e-12) has no direction: it stays zero, so that its similarity to every other is 0,
+    and its gradient is zero.
+
+    Args:
+        x: ``(B, D)``, finite.
+
+    Returns:
+        ``(B, D)``.
+
+    Example:
+        >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    largest = x.detach().abs().amax(dim=1, keepdim=True)
+    empty = largest <= _SHORTEST
+    # Scaled first, as the square of a large value is infinite; the length has no effect on the result.
+    x = x.masked_fill(empty, 1.0) / largest.masked_fill(empty, 1.0)
+    return normalize(x, dim=1).masked_fill(empty, 0.0)
 
 
 def _rebuild(value: Any, argument: str) -> Any:

@@ -37,12 +37,20 @@ PUBLISHED = {
 }
 
 # No code was released, so there is nothing to correct: each row has one recipe.
+MARGINS = ("arcface", "cosface", "adaface", "ldam", "logit_adjusted")
 COMBINATIONS = ("concat", "mean", "learned", "gated", "product", "gammatone", "cwt")
 RECONSTRUCTED = {
     "ngo2023_1-1": ["task 1-1", "9.7 points above the challenge baseline"],
     "ngo2023_1-2": ["task 1-2", "15.8 points above the challenge baseline"],
     "ngo2023_2-1": ["task 2-1", "73.7 (first version), 74.5 (second)"],
     "ngo2023_2-2": ["task 2-2", "47.2 (first version), 53.9 (second)"],
+    "kim2026_ce": ["59.55 ± 1.92"],
+    "kim2026_fixed": ["59.72 ± 0.89"],
+    "kim2026_quality": ["60.47 ± 0.96"],
+    "kim2026_imbalance": ["60.56 ± 0.83"],
+    "kim2026_qlung": ["81.90 ± 5.38", "42.12 ± 3.94", "62.01 ± 1.18"],
+    "kim2026_qlung_sprsound": ["82.48 ± 8.35", "33.99 ± 8.21", "58.23 ± 3.83"],
+    **{f"kim2026_{row}": ["no row of this kind"] for row in ("cosine", *MARGINS)},
     **{f"ngo2023_{task}_{row}": ["no row of this kind"] for task in ("1-2", "2-2") for row in COMBINATIONS},
 }
 
@@ -300,7 +308,76 @@ def ngo2023(row: str, corrected: bool) -> dict[str, Any]:
     }
 
 
-CARDS = {"bae2023": bae2023, "moummad2022": moummad2022, "ngo2023": ngo2023}
+def kim2026(row: str, corrected: bool) -> dict[str, Any]:
+    """Card of the reconstruction of QLung, of its ablation, and of the margins it is compared with."""
+    assert not corrected
+    linear = part("models.LinearHead", in_features=768, num_classes=4, layer_norm=True)
+    ce = {"loss": part("losses.CrossEntropy")}
+    both = {"ce_weight": 1.0, "margin_weight": 0.4}
+    quality = {
+        "quality": part("transforms.AudioQuality", sample_rate=16000, entropy="frame-mean", rms="train-percentile")
+    }
+
+    def cosine(scale: float) -> dict[str, Any]:
+        return {"head": part("models.CosineHead", in_features=768, num_classes=4, scale=scale)}
+
+    def dfam(gamma: float) -> dict[str, Any]:
+        settings = {"kappa": 0.5, "gamma": gamma, "target_margin": 0.2, "scale": 15.0}
+        return ce | both | quality | {"margin": part("losses.DualFactorAngularMarginLoss", **settings)}
+
+    def alone(name: str, scale: float, **settings: Any) -> tuple[str, dict[str, Any]]:
+        margin = {"margin": part(f"losses.{name}", scale=scale, **settings)}
+        return "QLung", cosine(scale) | margin | {"ce_weight": 0.0, "margin_weight": 1.0}
+
+    fixed = part("losses.ArcFaceLoss", scale=15.0, margin=0.2, beyond="clip")
+    whole = ("QLung", cosine(37.0) | dfam(0.5))
+    rows: dict[str, tuple[str, dict[str, Any]]] = {
+        "ce": ("SoundClassifier", {"head": linear} | ce),
+        "fixed": ("QLung", {"head": linear, "margin": fixed} | ce | both),
+        "quality": ("QLung", {"head": linear} | dfam(1.0)),
+        "imbalance": ("QLung", {"head": linear} | dfam(0.5)),
+        "qlung": whole,
+        "qlung_sprsound": whole,
+        "cosine": ("SoundClassifier", cosine(37.0) | ce),
+        "arcface": alone("ArcFaceLoss", 30.0, margin=0.2),
+        "cosface": alone("CosFaceLoss", 30.0, margin=0.4),
+        "adaface": alone("AdaFaceLoss", 64.0, margin=0.4, h=0.333, momentum=0.01),
+        "ldam": alone("LDAMLoss", 30.0, max_margin=0.5),
+        "logit_adjusted": (
+            "SoundClassifier",
+            {"head": linear, "loss": part("losses.LogitAdjustedCrossEntropy", tau=1.0)},
+        ),
+    }
+    method, own = rows[row]
+    reading = {"duration": 8.0, "pad": "repeat", "fade": "recording"}
+    loading = {"select_on": "val", "batch_size": 8, "num_workers": 4}
+    icbhi = part("datamodules.ICBHIDataModule", root="data/icbhi", protocol="official", labels="4-class", **reading)
+    icbhi["init_args"] |= loading
+    train = part("datamodules.ICBHIDataModule", root="data/icbhi")
+    inter = part("datamodules.SPRSoundDataModule", root="data/sprsound", test_side="inter")
+    cross = part("datamodules.CrossDatasetDataModule", train=train, test=[inter], label_map="qlung", **reading)
+    cross["init_args"] |= loading
+    return {
+        "seed_everything": 0,
+        "weights": "AST_AUDIOSET",
+        "trainer": {"max_epochs": 50, "precision": "bf16-mixed"},
+        "model": part(
+            f"methods.{method}",
+            backbone=part("models.AST", size="base384", num_mel_bins=128, frames=798),
+            features=part("transforms.KaldiFbank"),
+            augment=part("transforms.SpecAugment", policy="icbhi_ast_sup"),
+            optimizer="adam",
+            lr=5e-5,
+            weight_decay=1e-6,
+            schedule="cosine",
+            lr_floor=1e-3,
+            **own,
+        ),
+        "data": cross if row == "qlung_sprsound" else icbhi,
+    }
+
+
+CARDS = {"bae2023": bae2023, "kim2026": kim2026, "moummad2022": moummad2022, "ngo2023": ngo2023}
 
 
 def smaller(name: str) -> list[str]:

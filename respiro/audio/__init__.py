@@ -1,9 +1,11 @@
-"""Sound files and plain waveforms: read a segment, resample, fade, fit to a length."""
+"""Sound files and plain waveforms: read a segment, resample, band-pass, fade, fit to a length."""
 
 from respiro.audio.files import Header, decode, file_stat, read, read_header
 from respiro.audio.waveforms import (
     Pad,
     Rounding,
+    band_pass,
+    check_band,
     check_rates,
     fade,
     fit_length,
@@ -16,6 +18,8 @@ __all__ = [
     "Header",
     "Pad",
     "Rounding",
+    "band_pass",
+    "check_band",
     "check_rates",
     "decode",
     "fade",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, Literal, TypeVar, get_args
@@ -12,7 +13,18 @@ import torch
 
 from respiro.errors import AudioError, check_choice
 
-__all__ = ["Pad", "Rounding", "check_rates", "fade", "fit_length", "positions", "resample", "resampled_length"]
+__all__ = [
+    "Pad",
+    "Rounding",
+    "band_pass",
+    "check_band",
+    "check_rates",
+    "fade",
+    "fit_length",
+    "positions",
+    "resample",
+    "resampled_length",
+]
 
 Pad = Literal["repeat", "zero", "reflect"]
 Rounding = Literal["truncate", "milliseconds"]
@@ -21,6 +33,8 @@ Count = TypeVar("Count", int, np.ndarray)
 
 #: Product of the rates, divided by what they share, up to which a filter is built; 282,240 from 11025 to 16000 Hz.
 _LARGEST_FILTER = 10_000_000
+#: Width of each edge of a band, Hz: narrow beside the bands of devices, and wide enough to ring for 0.1 s at most.
+_EDGE = 100.0
 
 
 def resample(waveform: np.ndarray, orig_rate: int, new_rate: int) -> np.ndarray:
@@ -77,6 +91,77 @@ def resampled_length(frames: Count, orig_rate: Count, new_rate: Count) -> Count:
     """Return how many samples *frames* become: ``ceil(new_rate * frames / orig_rate)``."""
     length: Count = -(-new_rate * frames // orig_rate)
     return length
+
+
+def check_band(band: Sequence[float] | None, sample_rate: int) -> tuple[float, float] | None:
+    """Return a band (Hz) as two floats, or ``None`` as it is.
+
+    Raises:
+        ValueError: If it is anything but two finite numbers with ``0 <= low < high <= sample_rate / 2``.
+    """
+    if band is None:
+        return None
+    try:
+        low, high = (float(edge) for edge in band)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if isinstance(band, str) or not 0 <= low < high <= sample_rate / 2:  # false for NaN, too
+        raise ValueError(
+            f"band must be two numbers (low, high) in Hz with 0 <= low < high <= {sample_rate / 2:g}, half the "
+            f"sampling rate, got {band!r}"
+        )
+    return low, high
+
+
+def band_pass(waveform: np.ndarray, sample_rate: int, band: Sequence[float]) -> np.ndarray:
+    """Keep what lies in a band of frequencies; no phase is moved, and the length stays.
+
+    The gain is 1 from *low* to *high*, and outside falls to 0 along half a cosine within 100 Hz, or within what there
+    is between the band and 0 Hz or half the sampling rate; a band that begins at 0 or ends at half the rate has no edge
+    there. The waveform is followed by silence while it is filtered, so that its end does not reach its begin.
+
+    Args:
+        waveform: Samples ``(n,)``.
+        sample_rate: Hz.
+        band: *low* and *high*, Hz.
+
+    Returns:
+        ``(n,)`` float32, a copy.
+
+    Raises:
+        ValueError: If *band* has no meaning: see :func:`check_band`.
+
+    Example:
+        >>> seconds = np.arange(8000) / 8000
+        >>> hum, breath = np.sin(2 * np.pi * 50 * seconds), np.sin(2 * np.pi * 400 * seconds)
+        >>> bool(np.allclose(band_pass(hum + breath, 8000, (150, 2000))[800:-800], breath[800:-800], atol=1e-3))
+        True
+    """
+    checked = check_band(band, sample_rate)
+    if checked is None:
+        raise ValueError("band must be two numbers (low, high) in Hz, got None")
+    low, high = checked
+    widths = [width for width in (min(_EDGE, low), min(_EDGE, sample_rate / 2 - high)) if width > 0]
+    # What an edge of width W leaves at ten times 1 / W is below 1e-5 of its peak; half a minute bounds the memory.
+    ringing = max((min(10 / width, 30.0) for width in widths), default=0.0)
+    size = _fast_length(2 * len(waveform) + math.ceil(ringing * sample_rate))
+    frequencies = np.fft.rfftfreq(size, 1 / sample_rate)
+    gain = _rise(frequencies - low, min(_EDGE, low)) * _rise(high - frequencies, min(_EDGE, sample_rate / 2 - high))
+    spectrum = np.fft.rfft(waveform.astype(np.float64), size) * gain
+    return np.fft.irfft(spectrum, size)[: len(waveform)].astype(np.float32)
+
+
+def _rise(distance: np.ndarray, width: float) -> np.ndarray:
+    """Return 1 inside the band (*distance* from 0 Hz up) and half a cosine down to 0 at ``-width``."""
+    if width == 0:  # the band begins or ends with the spectrum
+        return np.ones_like(distance)
+    return 0.5 - 0.5 * np.cos(np.pi * np.clip(1 + distance / width, 0, 1))
+
+
+def _fast_length(size: int) -> int:
+    """Return a length of at least *size* without large prime factors."""
+    unit = 1 << max(0, size.bit_length() - 4)
+    return -(-size // unit) * unit
 
 
 def positions(seconds: np.ndarray, rates: np.ndarray | int, rounding: Rounding) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from respiro import __version__
 from respiro.datamodules._sampling import check_samples_per_class, train_sampler
 from respiro.datasets import RespiratoryDataset
-from respiro.datasets.base import CODED, check_label_name, check_reading
+from respiro.datasets.base import CODED, Quality, check_label_name, check_reading
 from respiro.datasets.metadata import ADULT, check_columns, check_limits
 from respiro.errors import DatasetNotFoundError, check_choice
 from respiro.splits import split as splits
@@ -29,10 +29,8 @@ Loader = DataLoader[Any]
 #: Labels by metadata that every batch has unless others are asked for: those of M-SCL.
 METADATA: Mapping[str, Sequence[str]] = {"sex_age": ("sex", "age_group")}
 #: Arguments of every data set that a datamodule hands on.
-_SETTINGS = (
-    *("sample_rate", "duration", "pad", "fade", "resample"),
-    *("partial", "any_encoding", "verify_tls", "cache_dir"),
-)
+_READING = ("sample_rate", "duration", "pad", "fade", "resample", "band")
+_SETTINGS = (*_READING, "partial", "any_encoding", "verify_tls", "cache_dir")
 
 
 class RespiratoryDataModule(LightningDataModule):
@@ -116,7 +114,9 @@ class RespiratoryDataModule(LightningDataModule):
                 self.hparams[name] = str(Path(value).expanduser().absolute())
         if self.metadata is not None:
             self.hparams["metadata"] = {name: list(columns) for name, columns in self.metadata.items()}
-        check_reading(*(self.hparams[name] for name in ("sample_rate", "duration", "pad", "fade", "resample")))
+        check_reading(*(self.hparams[name] for name in _READING))
+        if self.hparams["band"] is not None:
+            self.hparams["band"] = [float(edge) for edge in self.hparams["band"]]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -161,8 +161,7 @@ class RespiratoryDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Build only the sides that *stage* needs; called on every process."""
-        if not self.protocol:  # before any side is made, which would lack the labels
-            self.protocol = self._record() | {"metadata": self._add_labels()}
+        self._start_protocol()  # before any side is made, which would lack the labels
         if stage in {"fit", "validate"}:
             self.train_set = self.data.subset(self.split.train)
             self.val_set = self.data.subset(self.split.test if self.select_on == "test" else self.split.val)
@@ -180,6 +179,24 @@ class RespiratoryDataModule(LightningDataModule):
         for side in ("train_set", "val_set", "test_set"):
             if hasattr(self, side):
                 getattr(self, side).feature_store = self.data.feature_store
+
+    def add_quality(self, quality: Quality) -> None:
+        """Score how good the recording of each cycle is, as ``quality`` in the tables and samples of every side.
+
+        See :meth:`respiro.datasets.RespiratoryDataset.add_quality`. *quality* is fitted, in place, to the train cycles
+        without their validation patients. The record tells how it was built and what it found. Sides set up later have
+        the scores too.
+        """
+        self._start_protocol()
+        self.data.add_quality(quality, self.split.train)
+        for side in ("train_set", "val_set", "test_set"):
+            if hasattr(self, side):
+                getattr(self, side).replace_cycles(self.data.all_cycles)
+        self.protocol["quality"] = {**quality.spec(), "rms_range": quality.rms_range.tolist()}
+
+    def _start_protocol(self) -> None:
+        if not self.protocol:
+            self.protocol = self._record() | {"metadata": self._add_labels()}
 
     def _add_labels(self) -> dict[str, Any]:
         """Label all cycles by their metadata, and return the record of each label."""

@@ -51,6 +51,8 @@ class ICBHIDataModule(RespiratoryDataModule):
             ``{"sex_age": ["sex", "age_group"]}``; ``{}`` for none.
         age_threshold: Years, between the two values of ``age_group`` there.
         merge_below: Train cycles that a combination needs to have a label of its own.
+        band: Lowest and highest frequency (Hz) that is kept of every recording, so that data sets with other recorded
+            bandwidths hold the same: see :class:`respiro.datasets.RespiratoryDataset`. Default all.
 
     Raises:
         ValueError: If an argument has no meaning.
@@ -95,6 +97,7 @@ class ICBHIDataModule(RespiratoryDataModule):
         metadata: Mapping[str, Sequence[str]] | None = None,
         age_threshold: float = 18.0,
         merge_below: int = 0,
+        band: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(
             protocol=protocol,

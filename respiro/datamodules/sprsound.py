@@ -54,6 +54,8 @@ class SPRSoundDataModule(RespiratoryDataModule):
         age_threshold: Years, between the two values of ``age_group`` there. The default is that of the code of
             Moummad and Farrugia (2023) for SPRSound.
         merge_below: Train cycles that a combination needs to have a label of its own.
+        band: Lowest and highest frequency (Hz) that is kept of every recording, so that data sets with other recorded
+            bandwidths hold the same: see :class:`respiro.datasets.RespiratoryDataset`. Default all.
 
     Raises:
         ValueError: If an argument has no meaning.
@@ -88,6 +90,7 @@ class SPRSoundDataModule(RespiratoryDataModule):
         metadata: Mapping[str, Sequence[str]] | None = None,
         age_threshold: float = 5.0,
         merge_below: int = 0,
+        band: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(
             protocol="official",

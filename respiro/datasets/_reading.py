@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import pandas as pd
@@ -14,7 +15,9 @@ Fade = Literal["recording", "cycle", "none"]
 PUBLISHED_ENCODINGS = frozenset({"PCM_16", "PCM_24"})
 
 
-def check_reading(sample_rate: int, duration: float, pad: str, fade: str, resample: str) -> None:
+def check_reading(
+    sample_rate: int, duration: float, pad: str, fade: str, resample: str, band: Sequence[float] | None = None
+) -> None:
     """Raise a ``ValueError`` for arguments about reading that have no meaning."""
     if not isinstance(sample_rate, int) or sample_rate < 1000:
         raise ValueError(f"sample_rate must be a whole number of at least 1000 Hz, got {sample_rate!r}")
@@ -23,6 +26,7 @@ def check_reading(sample_rate: int, duration: float, pad: str, fade: str, resamp
     check_choice("pad", pad, get_args(audio.Pad))
     check_choice("fade", fade, get_args(Fade))
     check_choice("resample", resample, ("recording", "cycle"))
+    audio.check_band(band, sample_rate)
     if fade == "recording" and resample == "cycle":
         raise ValueError(
             "fade='recording' needs resample='recording': a cycle resampled alone has no recording to fade"

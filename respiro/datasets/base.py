@@ -18,12 +18,13 @@ from typing_extensions import Self
 
 from respiro import audio
 from respiro.datasets._batch import CODED, Batch, check_label_name
+from respiro.datasets._quality import Quality, cycle_quality
 from respiro.datasets._reading import Fade, check_encoding, check_reading
 from respiro.datasets.metadata import ADULT, MetadataLabels, metadata_labels
 from respiro.errors import LabelError
 from respiro.store import FeatureStore, WaveformStore
 
-__all__ = ["CODED", "Batch", "Fade", "RespiratoryDataset", "check_label_name", "check_reading"]
+__all__ = ["CODED", "Batch", "Fade", "Quality", "RespiratoryDataset", "check_label_name", "check_reading"]
 
 _FILE_COLUMNS = ("path", "frames", "channels", "encoding", "duration")
 
@@ -52,6 +53,9 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         resample: ``"recording"`` resamples, then cuts (Patch-Mix); ``"cycle"`` cuts, then resamples (SCL).
         cache_dir: Where resampled cycles, and features, are kept; default as in :class:`respiro.store.WaveformStore`.
         any_encoding: Accept files that are not mono 16- or 24-bit PCM; stereo is then averaged.
+        band: Lowest and highest frequency (Hz) that is kept, see :func:`respiro.audio.band_pass`: of the whole
+            resampled recording before it is cut, or with ``resample="cycle"`` of each resampled cycle. Data sets whose
+            recordings reach differently far up hold the same then. Default all.
 
     Attributes:
         metadata: Labels that :meth:`add_labels` made, by the batch key that carries them.
@@ -80,8 +84,9 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         resample: Literal["recording", "cycle"] = "recording",
         cache_dir: str | Path | None = None,
         any_encoding: bool = False,
+        band: tuple[float, float] | None = None,
     ) -> None:
-        check_reading(sample_rate, duration, pad, fade, resample)
+        check_reading(sample_rate, duration, pad, fade, resample, band)
         if not any_encoding:
             check_encoding(recordings)
         self.classes = classes
@@ -93,6 +98,7 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         self.resample: Literal["recording", "cycle"] = resample
         self.cache_dir = cache_dir
         self.any_encoding = any_encoding
+        self.band = audio.check_band(band, sample_rate)
         self.metadata: dict[str, MetadataLabels] = {}
         self.feature_store: FeatureStore | None = None
         self.all_recordings = recordings
@@ -125,7 +131,7 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
     def reading(self) -> dict[str, Any]:
         """How recordings become waveforms, as plain data."""
         names = ("sample_rate", "duration", "pad", "fade", "resample", "rounding")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"band": self.band and list(self.band)}
 
     @cached_property
     def digest(self) -> str:
@@ -192,9 +198,8 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
         """Every cycle of every split, resampled, on disk; built at the first use."""
         paths = self.all_recordings.set_index("recording")["path"]
         segments = self.all_cycles[["start", "end"]].assign(path=self.all_cycles["recording"].map(paths))
-        return WaveformStore.open(
-            segments, self.sample_rate, resample=self.resample, rounding=self.rounding, cache_dir=self.cache_dir
-        )
+        how: Any = {"resample": self.resample, "rounding": self.rounding, "band": self.band}
+        return WaveformStore.open(segments, self.sample_rate, **how, cache_dir=self.cache_dir)
 
     def prepare(self) -> None:
         """Build the store now if it is not there yet."""
@@ -213,15 +218,44 @@ class RespiratoryDataset(Dataset[dict[str, Tensor]]):
             StoreError: If the cache cannot be written, is damaged, or cannot hold the features.
             ValueError: If *spec* does not tell how the front end was built, or the front end has parameters.
         """
-        spans = self.all_cycles[["recording", "start", "end"]].itertuples(index=False)
         self.feature_store = FeatureStore.open(
             lambda position: self._fitted(self._faded(position)),
-            [f"recording {recording!r}, {start:g} s to {end:g} s" for recording, start, end in spans],
+            self.cycle_names,
             {"store": self.store.folder.name, "duration": float(self.duration), "pad": self.pad, "fade": self.fade},
             features,
             spec,
             cache_dir=self.cache_dir,
         )
+
+    def add_quality(self, quality: Quality, reference: np.ndarray | pd.Index | None = None) -> None:
+        """Score how good the recording of each cycle is, as ``quality`` in the tables and samples from here on.
+
+        Scored are the cycles of every split as they were cut, neither faded nor padded. The measures are kept on disk,
+        and made now if they are not there yet. Subsets made from here on have the scores too; those made before keep
+        what they had. Another call replaces them.
+
+        Args:
+            quality: Such as :class:`respiro.transforms.AudioQuality`. It is fitted to the reference rows, in place.
+            reference: Row labels, such as those of the train side without validation; default all cycles of the split
+                ``"train"``, or every cycle where there is none.
+
+        Raises:
+            StoreError: If the cache cannot be written, is damaged, or a cycle has samples that are not finite.
+            ValueError: If *quality* is for another sampling rate, or *reference* holds no row labels of the table.
+        """
+        self.replace_cycles(self.all_cycles.assign(quality=cycle_quality(self, quality, reference)))
+
+    def replace_cycles(self, table: pd.DataFrame) -> None:
+        """Take another table of the same cycles as :attr:`all_cycles`, such as that of a data set this is part of."""
+        self.all_cycles = table  # not changed in place: subsets share it
+        for cached in ("cycles", "_columns"):
+            self.__dict__.pop(cached, None)
+
+    @property
+    def cycle_names(self) -> list[str]:
+        """What messages call the cycles of every split."""
+        spans = self.all_cycles[["recording", "start", "end"]].itertuples(index=False)
+        return [f"recording {recording!r}, {start:g} s to {end:g} s" for recording, start, end in spans]
 
     def waveform(self, row: int) -> np.ndarray:
         """Return cycle *row* (0 to len - 1) faded but neither cut nor padded: ``(samples,)`` float32."""

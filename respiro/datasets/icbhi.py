@@ -73,6 +73,7 @@ class ICBHI(RespiratoryDataset):
         verify_tls: Check the certificate of the server when downloading.
         cache_dir: Where resampled cycles are kept.
         any_encoding: Accept files that are not mono 16- or 24-bit PCM.
+        band: Lowest and highest frequency (Hz) that is kept of every recording: see :class:`RespiratoryDataset`.
 
     Attributes:
         root: Where the data lies.
@@ -107,8 +108,9 @@ class ICBHI(RespiratoryDataset):
         verify_tls: bool = True,
         cache_dir: str | Path | None = None,
         any_encoding: bool = False,
+        band: tuple[float, float] | None = None,
     ) -> None:
-        check_reading(sample_rate, duration, pad, fade, resample)  # before a download of 2 GB
+        check_reading(sample_rate, duration, pad, fade, resample, band)  # before a download of 2 GB
         for name, value, kind in (("split", split, Side), ("protocol", protocol, Protocol), ("labels", labels, Labels)):
             check_choice(name, value, get_args(kind))
         self.root = Path(root).expanduser().absolute()
@@ -154,6 +156,7 @@ class ICBHI(RespiratoryDataset):
             resample=resample,
             cache_dir=cache_dir,
             any_encoding=any_encoding,
+            band=band,
         )
         if download and not self.partial:
             self.verify()

@@ -87,6 +87,7 @@ class SPRSound(RespiratoryDataset):
         any_encoding: Accept files that are not mono 16- or 24-bit PCM.
         rhonchi_stridor: What ``"icbhi4"`` does with rhonchi and stridor: count them as ``"wheeze"``, or ``"drop"``
             them; :attr:`left_out` then lists them.
+        band: Lowest and highest frequency (Hz) that is kept of every recording: see :class:`RespiratoryDataset`.
 
     Attributes:
         root: Where the data lies.
@@ -124,9 +125,10 @@ class SPRSound(RespiratoryDataset):
         cache_dir: str | Path | None = None,
         any_encoding: bool = False,
         rhonchi_stridor: RhonchiStridor = "wheeze",
+        band: tuple[float, float] | None = None,
     ) -> None:
         splits = _splits(split, year)
-        check_reading(sample_rate, duration, pad, fade, resample)  # before a download
+        check_reading(sample_rate, duration, pad, fade, resample, band)  # before a download
         check_choice("task", task, get_args(Task))
         check_choice("rhonchi_stridor", rhonchi_stridor, get_args(RhonchiStridor))
         self.root = Path(root).expanduser().absolute()
@@ -161,6 +163,7 @@ class SPRSound(RespiratoryDataset):
             resample=resample,
             cache_dir=cache_dir,
             any_encoding=any_encoding,
+            band=band,
         )
         if download and not self.partial:
             self.verify()

@@ -2,6 +2,7 @@
 
 from respiro.evaluation.embeddings import plot_embeddings
 from respiro.evaluation.evaluate import Evaluation, evaluate
+from respiro.evaluation.quality import plot_quality
 from respiro.evaluation.statistics import bootstrap_by_patient, compare_paired
 
 __all__ = [
@@ -10,4 +11,5 @@ __all__ = [
     "compare_paired",
     "evaluate",
     "plot_embeddings",
+    "plot_quality",
 ]

@@ -47,9 +47,9 @@ def seeds(protocol: Record) -> str:
 
 
 def saw_dataset(protocol: Record) -> bool:
-    """Whether the model may have been trained on this data set; without a record it may."""
+    """Whether the model may have been trained on a data set of this evaluation; without a record it may."""
     trainings = _trainings(protocol)
-    return not trainings or any(training.get("dataset") == protocol.get("dataset") for training in trainings)
+    return not trainings or any(_of_one_dataset(protocol, training) for training in trainings)
 
 
 def stamps(protocol: Record) -> dict[str, str]:
@@ -83,7 +83,7 @@ def _deciding(protocol: Record) -> Sequence[str]:
     """Return the entries that decide who trained and who did not; for validation patients these are more."""
     named = str(protocol.get("protocol"))
     drawn = named == "random-recording" or (named.startswith("patient-fold") and protocol.get("folds") == "drawn")
-    sides = ["protocol", "folds"]
+    sides = ["protocol", "folds", "trained_on"]
     if named != "official":  # where the train side is the same whatever is tested on
         sides.append("test_splits")
     if protocol.get("split") != "test":
@@ -93,12 +93,27 @@ def _deciding(protocol: Record) -> Sequence[str]:
 
 def _differ(protocol: Record, other: Record, name: str) -> bool:
     """Whether two records of one data set disagree about an entry that both have."""
-    if other.get("dataset") != protocol.get("dataset"):
+    joined = "trained_on" in protocol or "trained_on" in other
+    # What else is tested on does not change who trains where test sets come from several data sets.
+    if not _of_one_dataset(protocol, other) or (name == "test_splits" and joined):
         return False
+    if name == "trained_on":
+        return _trained_on(protocol) != _trained_on(other)
     values = [
         sorted(value) if isinstance(value, list | tuple) else value for value in (protocol.get(name), other.get(name))
     ]
     return None not in values and values[0] != values[1]
+
+
+def _trained_on(protocol: Record) -> set[Any]:
+    """Return the names of the data sets that train, which is the one that also tests unless the record says more."""
+    return set(protocol.get("trained_on", [protocol.get("dataset")]))
+
+
+def _of_one_dataset(protocol: Record, training: Record) -> bool:
+    """Whether the training saw a data set that the evaluation is on."""
+    tested = protocol.get("tested_on") if protocol.get("split") == "test" else None
+    return bool(_trained_on(training) & (_trained_on(protocol) if tested is None else set(tested)))
 
 
 def _digest(model: nn.Module) -> str:

@@ -103,24 +103,40 @@ def group_scores(
 
 
 def set_scores(
-    predictions: pd.DataFrame, scoring: str, classes: Sequence[str], whole: Mapping[str, Interval]
+    predictions: pd.DataFrame,
+    scoring: str,
+    classes: Sequence[str],
+    whole: Mapping[str, Interval],
+    unmeasured: Mapping[str, Sequence[str]],
 ) -> pd.DataFrame:
-    """Return size, rates, scores, interval and floor of each test set if there are several, and of all together.
+    """Return size, rates, scores, interval and floors of each test set if there are several, and of all together.
 
     Args:
         predictions: With a column ``split`` if there may be several test sets.
         scoring: Name of the scoring rule.
         classes: Class names in the order of their labels.
         whole: The :func:`intervals` of all predictions.
+        unmeasured: Classes of a set that its ``macro_f1`` leaves out. What a single set leaves out, all leave out.
     """
     sets = list(_parts(predictions, "split")) if "split" in predictions else []
     found = [(name, part, intervals(part, scoring, classes)) for name, part in sets if len(sets) > 1]
+    left_out = dict(unmeasured) | {"all": unmeasured.get(sets[0][0], ()) if len(sets) == 1 else ()}
     rows = []
     for name, part, values in [*found, ("all", predictions, whole)]:
         row = {"set": name} | _size(part) | {rate: values[rate].value for rate in _SHOWN[scoring]}
         row |= {"score_low": values["score"].low, "score_high": values["score"].high}
-        rows.append(row | {"floor": floor_scores(part, scoring, classes)["score"]})
+        row |= {"floor": floor_scores(part, scoring, classes)["score"]}
+        row |= {rate: values[rate].value for rate in ("two_class_score",) if rate in values}
+        few = left_out.get(name, ())
+        row |= {"macro_f1": _macro_f1(part, classes, few)}
+        rows.append(row | {"macro_f1_floor": _macro_f1(part.assign(prediction=0), classes, few)})
     return pd.DataFrame(rows)
+
+
+def _macro_f1(predictions: pd.DataFrame, classes: Sequence[str], left_out: Sequence[str]) -> float:
+    """Return the mean F1 of the classes that have cycles and are not left out; the confusions with those count."""
+    table = class_scores(confusion(predictions, len(classes)), classes)
+    return float(table.loc[(table["support"] > 0) & ~table["class"].isin(list(left_out)), "f1"].mean())
 
 
 def _parts(predictions: pd.DataFrame, column: str) -> Iterator[tuple[Any, pd.DataFrame]]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "evaluate"]
 
 _STAGES = {"val": "validate", "test": "test"}
-_READING = ("duration", "pad", "fade", "resample")
+_READING = ("duration", "pad", "fade", "resample", "band")
 _GROUPS = ("device", "location", "sex", "age_group")
 
 
@@ -54,8 +54,11 @@ class Evaluation:
             for each test set where there are several.
         by_set: What a table of a paper shows, one row for each test set where there are several (``inter``, ``intra``)
             and a last one, ``all``, for all together: ``set``, ``cycles``, ``patients``, the rates and scores of
-            *by_group*, ``score_low`` and ``score_high`` (95 % interval of the score over the patients of that set), and
-            ``floor``, its score if every cycle is called normal.
+            *by_group*, ``score_low`` and ``score_high`` (95 % interval of the score over the patients of that set),
+            ``floor``, its score if every cycle is called normal, for ICBHI with more than two classes
+            ``two_class_score`` (whose floor is the same), ``macro_f1`` and ``macro_f1_floor``. The last two are means
+            over the classes that have cycles and that ``protocol["unmeasured"]`` does not name for the set; cycles of
+            the others count where they are called one of these. With several sets, ``all`` leaves no class out.
         floor: The metrics of calling every cycle normal.
         disjoint: The metrics without patients who are on the train side too, with ``recall_<class>``, ``cycles`` and
             ``patients``; ``None`` where there are no such patients, or the model was trained on other data sets only.
@@ -113,7 +116,7 @@ class Evaluation:
             intervals=intervals,
             per_class=_scores.class_scores(confmat, classes),
             by_group=_scores.group_scores(predictions, groups, scoring, classes),
-            by_set=_scores.set_scores(predictions, scoring, classes, intervals),
+            by_set=_scores.set_scores(predictions, scoring, classes, intervals, protocol.get("unmeasured", {})),
             floor=_scores.floor_scores(predictions, scoring, classes),
             disjoint=_disjoint(predictions, classes, scoring, protocol),
             confusion=pd.DataFrame(confmat, pd.Index(classes, name="true"), pd.Index(classes, name="predicted")),

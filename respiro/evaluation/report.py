@@ -31,6 +31,7 @@ _NAMES = {
     "accuracy": "accuracy",
     "ece": "calibration error (ECE)",
 }
+_FLOORS = ("floor", "macro_f1_floor")
 _SHORT = {
     "specificity": "Sp",
     "sensitivity": "Se",
@@ -63,7 +64,7 @@ def text(evaluation: Evaluation) -> str:
     if evaluation.disjoint is not None:
         classes.insert(2, "disjoint recall", [evaluation.disjoint[f"recall_{name}"] for name in evaluation.classes])
     parts.append(_layout(_in_percent(classes)))
-    if len(evaluation.by_set) > 1:
+    if len(evaluation.by_set) > 1 or evaluation.protocol.get("unmeasured"):
         parts.append(_layout(_sets(evaluation.by_set)))
     groups = evaluation.by_group.query("group != 'split'")  # these are the sets
     if len(groups):
@@ -74,10 +75,11 @@ def text(evaluation: Evaluation) -> str:
 
 def _sets(by_set: pd.DataFrame) -> pd.DataFrame:
     bounds = zip(by_set["score"], by_set["score_low"], by_set["score_high"], strict=True)
-    table = _in_percent(by_set.drop(columns=["score_low", "score_high", "floor"])).rename(columns=_SHORT)
-    table["95 % interval"] = [_interval(interval) for interval in bounds]
-    table["all normal"] = by_set["floor"].map(percent)
-    return table
+    columns = list(by_set.columns)
+    first = _in_percent(by_set[columns[: columns.index("score_low")]]).rename(columns=_SHORT)
+    first["95 % interval"] = [_interval(interval) for interval in bounds]
+    more = by_set[columns[columns.index("floor") :]].rename(columns=_NAMES | dict.fromkeys(_FLOORS, "all normal"))
+    return pd.concat([first, more.map(percent)], axis=1)
 
 
 def save(evaluation: Evaluation, folder: Path) -> Path:

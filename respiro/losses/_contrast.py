@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from respiro.losses._embeddings import UNKNOWN, check_embeddings, check_labels, unit
+from respiro.component import unit
+from respiro.losses._embeddings import UNKNOWN, check_embeddings, check_labels
 from respiro.losses._gather import gather_with_grad
 
 __all__ = ["Contrast", "Denominator", "Samples", "anchor_losses", "contrast"]

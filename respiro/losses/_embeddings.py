@@ -1,42 +1,14 @@
-"""What the contrastive losses ask of embeddings, and the unit vectors they make of them."""
+"""What the contrastive losses ask of embeddings."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["UNKNOWN", "check_embeddings", "check_labels", "check_temperature", "unit"]
+__all__ = ["UNKNOWN", "check_embeddings", "check_labels", "check_temperature"]
 
 #: Label of a sample whose label is not known.
 UNKNOWN = -1
-
-_SHORTEST = 1e-12  # as torch's normalize has it
-
-
-def unit(x: Tensor) -> Tensor:
-    """Return the rows scaled to length 1, in float32 or, if they came so, in float64.
-
-    A row of zeros (no value above 1e-12) has no direction: it stays zero, so that its similarity to every other is 0,
-    and its gradient is zero.
-
-    Args:
-        x: ``(B, D)``, finite.
-
-    Returns:
-        ``(B, D)``.
-
-    Example:
-        >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-        tensor([[0.6000, 0.8000],
-                [0.0000, 0.0000]])
-    """
-    x = x if x.dtype == torch.float64 else x.float()
-    largest = x.detach().abs().amax(dim=1, keepdim=True)
-    empty = largest <= _SHORTEST
-    # Scaled first, as the square of a large value is infinite; the length has no effect on the result.
-    x = x.masked_fill(empty, 1.0) / largest.masked_fill(empty, 1.0)
-    return F.normalize(x, dim=1).masked_fill(empty, 0.0)
 
 
 def check_temperature(temperature: float) -> None:

@@ -11,11 +11,20 @@ from torch import Tensor
 
 from respiro.component import Loss
 from respiro.errors import LabelError
+from respiro.losses._counts import ClassCounted, log_prior
 from respiro.losses._mixed import check_mixed
 
-__all__ = ["CrossEntropy", "MixedCrossEntropy", "cross_entropy", "mixed_cross_entropy"]
+__all__ = [
+    "CrossEntropy",
+    "LogitAdjustedCrossEntropy",
+    "MixedCrossEntropy",
+    "cross_entropy",
+    "logit_adjusted_cross_entropy",
+    "mixed_cross_entropy",
+]
 
-_IGNORED = -1
+#: Label of a sample that is left out.
+IGNORED = -1
 
 
 def cross_entropy(
@@ -43,7 +52,12 @@ def cross_entropy(
         >>> cross_entropy(logits, torch.tensor([0, -1]))
         tensor(0.1269)
     """
-    return _weighted_mean(logits, labels, weight, label_smoothing)
+    if weight is not None:
+        return _weighted_mean(logits, labels, weight, label_smoothing)
+    check_labels(labels, logits, "logits")
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(exact, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing)
+    return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 def mixed_cross_entropy(
@@ -84,6 +98,42 @@ def mixed_cross_entropy(
     return own + _weighted_mean(logits, labels[index], weight, label_smoothing, 1 - lam)
 
 
+def logit_adjusted_cross_entropy(
+    logits: Tensor, labels: Tensor, class_counts: Tensor | Sequence[int], tau: float = 1.0
+) -> Tensor:
+    """Return the mean cross-entropy of ``logits + tau * log(pi)``. See :class:`LogitAdjustedCrossEntropy`.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> logit_adjusted_cross_entropy(logits, torch.tensor([0, 1]), class_counts=[30, 10])
+        tensor(0.1924)
+    """
+    return cross_entropy(logits + tau * log_prior(class_counts, logits), labels)
+
+
+def check_labels(labels: Tensor, scores: Tensor, name: str) -> None:
+    """Check the labels of *scores* ``(B, C)``, which the messages call *name*.
+
+    Their range on a CPU only: on a GPU the look would wait for all that is under way, and torch stops at such a label
+    anyway.
+
+    Raises:
+        ValueError: If a shape does not fit.
+        LabelError: If a label is neither a class nor -1.
+    """
+    if scores.ndim != 2 or labels.shape != scores.shape[:1]:
+        raise ValueError(
+            f"{name} must have shape (B, C) and labels (B,), got {tuple(scores.shape)} and {tuple(labels.shape)}"
+        )
+    classes = scores.shape[1]
+    if labels.device.type == "cpu" and len(labels):
+        lowest, highest = labels.aminmax()
+        if not IGNORED <= lowest.item() <= highest.item() < classes:
+            raise LabelError(
+                f"labels must lie in [-1, {classes}) for {name} of {classes} classes, got {labels.tolist()}"
+            )
+
+
 def _weighted_mean(
     logits: Tensor,
     labels: Tensor,
@@ -92,14 +142,7 @@ def _weighted_mean(
     share: Tensor | float = 1.0,
 ) -> Tensor:
     """Return the mean cross-entropy, of which each sample counts its *share*, ``()`` or ``(B,)``."""
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits must have shape (B, C) and labels (B,), got {tuple(logits.shape)} and {tuple(labels.shape)}"
-        )
-    classes = logits.shape[1]
-    # On a CPU only: on a GPU the check would wait for all that is under way, and torch stops at such a label anyway.
-    if labels.device.type == "cpu" and len(labels) and not _IGNORED <= labels.min() <= labels.max() < classes:
-        raise LabelError(f"labels must lie in [-1, {classes}) for logits of {classes} classes, got {labels.tolist()}")
+    check_labels(labels, logits, "logits")
     if logits.dtype != torch.float64:
         logits = logits.float()
     if weight is None:
@@ -108,13 +151,12 @@ def _weighted_mean(
         weight = torch.as_tensor(weight).to(logits)
         if len(weight) != logits.shape[1]:
             raise LabelError(f"there are {len(weight)} class weights for logits of {logits.shape[1]} classes")
-    with torch.autocast(logits.device.type, enabled=False):
-        losses = F.cross_entropy(
-            logits, labels, weight, ignore_index=_IGNORED, reduction="none", label_smoothing=label_smoothing
-        )
+    losses = F.cross_entropy(
+        logits, labels, weight, ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
+    )
     if isinstance(share, Tensor):
         share = share.to(losses)
-    divisor = weight[labels.clamp(min=0)].masked_fill(labels == _IGNORED, 0.0).sum()
+    divisor = weight[labels].masked_fill(labels == IGNORED, 0.0).sum()
     return (share * losses).sum() / divisor.where(divisor > 0, 1.0)
 
 
@@ -230,3 +272,49 @@ class MixedCrossEntropy(_ClassWeighted):
     def forward(self, logits: Tensor, labels: Tensor, index: Tensor, lam: Tensor | float) -> Tensor:
         """Return the mean cross-entropy of the mixed batch, a scalar."""
         return mixed_cross_entropy(logits, labels, index, lam, self._weight(), self.label_smoothing)
+
+
+class LogitAdjustedCrossEntropy(ClassCounted):
+    """Cross-entropy of ``logits + tau * log(pi)``, with each class's share ``pi`` of the train samples.
+
+    The bare logits, by which to predict, then aim at the balanced error. A model trained by plain cross-entropy can be
+    adjusted afterwards: :meth:`adjust`.
+
+    Args:
+        class_counts: Train samples of each class; by default the datamodule gives them before training.
+        tau: How much of the prior is taken into account; not negative.
+
+    Shape:
+        logits ``(B, C)``, labels ``(B,)`` int64, -1 = ignored; returns a scalar.
+
+    Raises:
+        ValueError: If *tau* is negative or not finite.
+        LabelError: If a label is no class, a class has no train sample, or the counts are for another number of
+            classes.
+        RuntimeError: If it is called before it has class counts.
+
+    Source:
+        Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equations 9 and 10.
+
+    Example:
+        >>> loss = LogitAdjustedCrossEntropy(class_counts=[30, 10])
+        >>> loss(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1]))
+        tensor(0.1924)
+    """
+
+    def __init__(self, class_counts: Sequence[int] | None = None, tau: float = 1.0) -> None:
+        super().__init__(class_counts)
+        if not 0 <= tau < float("inf"):
+            raise ValueError(f"tau must be finite and not negative, got {tau!r}")
+        self.tau = float(tau)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean loss of the batch, a scalar."""
+        return logit_adjusted_cross_entropy(logits, labels, self.known_counts(), self.tau)
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """Return ``logits - tau * log(pi)`` ``(B, C)``, by which a model trained by plain cross-entropy predicts.
+
+        In float32 at least.
+        """
+        return logits - self.tau * log_prior(self.known_counts(), logits)

@@ -7,9 +7,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from respiro.component import Loss
+from respiro.component import Loss, unit
 from respiro.errors import check_choice
-from respiro.losses._embeddings import UNKNOWN, check_embeddings, check_temperature, unit
+from respiro.losses._embeddings import UNKNOWN, check_embeddings, check_temperature
 from respiro.losses._gather import gather_with_grad
 from respiro.losses._mixed import check_mixed
 

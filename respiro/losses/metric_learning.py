@@ -7,9 +7,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from respiro.component import Loss
+from respiro.component import Loss, unit
 from respiro.errors import LabelError, check_choice
-from respiro.losses._embeddings import UNKNOWN, check_embeddings, check_labels, unit
+from respiro.losses._embeddings import UNKNOWN, check_embeddings, check_labels
 
 __all__ = ["CenterLoss", "TripletLoss", "center_loss", "triplet_loss"]
 

@@ -7,6 +7,7 @@ from respiro.methods.inception import InceptionFusion
 from respiro.methods.mscl import MSCL
 from respiro.methods.patchmix import PatchMixCE, PatchMixCL
 from respiro.methods.probe import LinearProbe
+from respiro.methods.qlung import QLung
 
 __all__ = [
     "MSCL",
@@ -16,6 +17,7 @@ __all__ = [
     "LinearProbe",
     "PatchMixCE",
     "PatchMixCL",
+    "QLung",
     "SimCLR",
     "SoundClassifier",
 ]

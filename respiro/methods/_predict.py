@@ -25,6 +25,7 @@ AUDIO: dict[str, Any] = {
     "fade": "recording",
     "resample": "recording",
     "rounding": "truncate",
+    "band": None,
 }
 BATCH = 32
 
@@ -86,11 +87,12 @@ def read_cycles(
     fade: str,
     resample: str,
     rounding: audio.Rounding,
+    band: Sequence[float] | None = None,
 ) -> Tensor:
     """Return the cycles of one file, read as the data sets read them: ``(N, S)``."""
     samples, rate = audio.read(path)
     if resample == "recording":
-        samples, rate = audio.resample(samples, rate, sample_rate), sample_rate
+        samples, rate = _in_band(audio.resample(samples, rate, sample_rate), sample_rate, band), sample_rate
     length = sample_rate // 16
     if fade == "recording":
         samples = audio.fade(samples, length)
@@ -100,10 +102,16 @@ def read_cycles(
         cycle = audio.resample(samples[first:last], rate, sample_rate)
         if not len(cycle):
             raise ValueError(f"the cycle from {start:g} s to {end:g} s holds no samples of {path}")
+        if resample == "cycle":
+            cycle = _in_band(cycle, sample_rate, band)
         if fade == "cycle":
             cycle = audio.fade(cycle, length)
         fitted.append(audio.fit_length(cycle, size, pad, 0 if fade == "none" else length))
     return torch.from_numpy(np.stack(fitted))
+
+
+def _in_band(samples: np.ndarray, sample_rate: int, band: Sequence[float] | None) -> np.ndarray:
+    return samples if band is None else audio.band_pass(samples, sample_rate, band)
 
 
 def _windows(seconds: float, duration: float) -> list[tuple[float, float]]:

@@ -141,7 +141,7 @@ class SoundClassifier(SelfDescribing):
             }
         )
 
-    def _default_head(self) -> LinearHead:
+    def _default_head(self) -> Component:
         if not hasattr(self.backbone, "num_features"):
             name = type(self.backbone).__name__
             raise TypeError(f"{name} has no num_features to build a head for; give it that attribute, or pass head=...")

@@ -2,7 +2,7 @@
 
 from respiro.models.ast import AST
 from respiro.models.fusion import SpectrogramFusion
-from respiro.models.heads import LinearHead, Projector
+from respiro.models.heads import CosineHead, LinearHead, Projector
 from respiro.models.inception import InceptionResidual
 from respiro.models.panns import CNN6, CNN10, CNN14
 from respiro.models.timm import TimmBackbone
@@ -13,6 +13,7 @@ __all__ = [
     "CNN6",
     "CNN10",
     "CNN14",
+    "CosineHead",
     "InceptionResidual",
     "LinearHead",
     "LoadReport",

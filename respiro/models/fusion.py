@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from respiro.component import Backbone
+from respiro.component import Backbone, unit
 from respiro.errors import check_choice
 
 __all__ = ["SpectrogramFusion"]
@@ -118,7 +118,7 @@ class SpectrogramFusion(Backbone):
             return torch.cat(embeddings, dim=1) / len(embeddings)
         if self.combination == "concat":
             return torch.relu(self.projections[0](torch.cat(embeddings, dim=1)) + self.bias)
-        directions = [_unit(embedding) for embedding in embeddings]
+        directions = [unit(embedding).to(embedding.dtype) for embedding in embeddings]
         projected = torch.stack([W(e) for W, e in zip(self.projections, directions, strict=True)], dim=2)
         joined = (projected * self._weights(directions)).sum(2)
         return torch.relu(joined + self.bias)
@@ -132,13 +132,6 @@ class SpectrogramFusion(Backbone):
             return gates.unsqueeze(1)
         count = len(directions)
         return directions[0].new_full((count,), 1 / count)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Return the rows scaled to length 1; a row of zeros stays zero."""
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    unit: Tensor = x / length.masked_fill(length == 0, 1.0)
-    return unit.to(x.dtype)
 
 
 def _projection(in_features: int, out_features: int, of_unit_vectors: bool) -> nn.Linear:

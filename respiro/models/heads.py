@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from respiro.component import Component
+from respiro.component import Component, unit
 
-__all__ = ["KNNHead", "LinearHead", "Projector"]
+__all__ = ["CosineHead", "KNNHead", "LinearHead", "Projector"]
 
 
 class LinearHead(Component):
@@ -41,6 +41,63 @@ class LinearHead(Component):
         """Return the logits ``(B, num_classes)``."""
         logits: Tensor = self.linear(self.dropout(self.norm(embeddings)))
         return logits
+
+    def cosines(self, embeddings: Tensor) -> Tensor:
+        """Return the cosines ``(B, num_classes)`` of what the linear layer gets and the weights of each class."""
+        return _cosines(self.dropout(self.norm(embeddings)), self.linear.weight)
+
+
+class CosineHead(Component):
+    """Angular classifier: the scaled cosines of the embedding and a direction per class, without a bias.
+
+    It is computed in float32 even under autocast (float64 stays). An embedding of zeros has no direction: its cosines
+    are 0. Alone with cross-entropy this is NormFace.
+
+    Args:
+        in_features: Size of the embedding.
+        num_classes: Number of classes.
+        scale: Factor on the cosines; positive.
+
+    Shape:
+        embeddings ``(B, in_features)``; returns logits ``(B, num_classes)``.
+
+    Raises:
+        ValueError: If *scale* is not positive and finite.
+
+    Source:
+        Kim et al., QLung, Interspeech 2026, equation 1; Wang et al., NormFace, ACM Multimedia 2017.
+
+    Example:
+        >>> import torch
+        >>> head = CosineHead(512, num_classes=4)
+        >>> logits = head(torch.randn(2, 512))
+        >>> bool((logits.abs() <= 37).all())
+        True
+    """
+
+    def __init__(self, in_features: int, num_classes: int, scale: float = 37.0) -> None:
+        super().__init__()
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale must be positive and finite, got {scale!r}")
+        self.in_features = in_features
+        self.num_classes = num_classes
+        self.scale = float(scale)
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Return the logits ``(B, num_classes)``."""
+        return self.scale * self.cosines(embeddings)
+
+    def cosines(self, embeddings: Tensor) -> Tensor:
+        """Return the cosines ``(B, num_classes)`` of the embeddings and the direction of each class."""
+        return _cosines(embeddings, self.weight)
+
+
+def _cosines(embeddings: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast(embeddings.device.type, enabled=False):
+        directions = unit(embeddings)
+        return directions @ unit(weight).to(directions.dtype).T
 
 
 class Projector(Component):

@@ -1,6 +1,7 @@
-"""The caches on disk: every cycle of a data set, resampled once, and its features, computed once."""
+"""The caches on disk: every cycle of a data set, resampled once, its features, computed once, and its quality."""
 
 from respiro.store.features import FeatureStore
+from respiro.store.quality import QualityStore
 from respiro.store.waveforms import Cycle, WaveformStore
 
-__all__ = ["Cycle", "FeatureStore", "WaveformStore"]
+__all__ = ["Cycle", "FeatureStore", "QualityStore", "WaveformStore"]

@@ -7,12 +7,12 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -71,6 +71,7 @@ class WaveformStore(FolderStore):
         *,
         resample: Resample = "recording",
         rounding: audio.Rounding = "truncate",
+        band: Sequence[float] | None = None,
         cache_dir: str | Path | None = None,
         progress: bool = True,
     ) -> WaveformStore:
@@ -86,6 +87,8 @@ class WaveformStore(FolderStore):
             resample: ``"recording"`` resamples the whole recording, then cuts (Bae et al., 2023); ``"cycle"`` cuts at
                 the rate of the file, then resamples (Moummad & Farrugia, 2023).
             rounding: How seconds become samples, see :func:`respiro.audio.positions`.
+            band: Lowest and highest frequency (Hz) that is kept, see :func:`respiro.audio.band_pass`: of the whole
+                recording before it is cut, or with ``resample="cycle"`` of each resampled cycle; default all.
             cache_dir: Folder of all caches; by default the environment variable ``RESPIRO_CACHE``, else the user's
                 cache folder.
             progress: Show a progress bar while building.
@@ -97,7 +100,7 @@ class WaveformStore(FolderStore):
             ValueError: If an argument has no meaning.
         """
         _check_arguments(segments, sample_rate, resample, rounding)
-        request = _Request.of(segments, int(sample_rate), resample, rounding)
+        request = _Request.of(segments, int(sample_rate), resample, rounding, band)
         folder = cache_folder(cache_dir) / "waveforms" / request.key()
         cls._ensure(folder, partial(cls._build, request, folder, progress))
         return cls(folder)
@@ -118,7 +121,7 @@ class WaveformStore(FolderStore):
         plan = _Plan.of(request)
         with cls._writing(folder, plan.size) as unfinished:
             _write_samples(plan, unfinished / cls.array[0], progress)
-            settings = {name: getattr(request, name) for name in ("sample_rate", "resample", "rounding")}
+            settings = {name: getattr(request, name) for name in ("sample_rate", "resample", "rounding", "band")}
             cls._save_index(unfinished, plan.index, settings)
 
 
@@ -133,12 +136,21 @@ class _Request:
     sample_rate: int
     resample: Resample
     rounding: audio.Rounding
+    band: tuple[float, float] | None
 
     @classmethod
-    def of(cls, segments: pd.DataFrame, sample_rate: int, resample: Resample, rounding: audio.Rounding) -> _Request:
+    def of(
+        cls,
+        segments: pd.DataFrame,
+        sample_rate: int,
+        resample: Resample,
+        rounding: audio.Rounding,
+        band: Sequence[float] | None,
+    ) -> _Request:
         recording, paths = pd.factorize(segments["path"].astype(str))
         start, end = (segments[column].to_numpy("float64") for column in ("start", "end"))
-        request = cls(list(paths), recording, start, end, sample_rate, resample, rounding)
+        band = audio.check_band(band, sample_rate)
+        request = cls(list(paths), recording, start, end, sample_rate, resample, rounding, band)
         request.check((start >= 0) & (end > start) & np.isfinite(end), "is not a span of time")
         return request
 
@@ -146,7 +158,8 @@ class _Request:
         """Return the name of the store. The folder of the recordings does not matter; which files they are does."""
         stats = [audio.file_stat(path) for path in self.paths]
         files = [(Path(path).name, s.st_size, s.st_mtime_ns) for path, s in zip(self.paths, stats, strict=True)]
-        settings = [WaveformStore.format, self.sample_rate, self.resample, self.rounding, files]
+        settings: list[Any] = [WaveformStore.format, self.sample_rate, self.resample, self.rounding, files]
+        settings += [] if self.band is None else [self.band]  # stores without one keep their name
         digest = hashlib.sha256(json.dumps(settings).encode())
         for column in (self.recording.astype("<i8"), self.start.astype("<f8"), self.end.astype("<f8")):
             digest.update(column.tobytes())
@@ -155,6 +168,11 @@ class _Request:
     def positions(self, rates: np.ndarray) -> np.ndarray:
         """Return the samples where each cycle begins and ends: ``(n, 2)``."""
         return audio.positions(np.stack([self.start, self.end], axis=1), rates[:, None], self.rounding)
+
+    def prepared(self, waveform: np.ndarray, rate: int) -> np.ndarray:
+        """Return a recording, or a cycle of one, as it is stored: resampled, and with its band alone."""
+        waveform = audio.resample(waveform, rate, self.sample_rate)
+        return waveform if self.band is None else audio.band_pass(waveform, self.sample_rate, self.band)
 
     def check(self, good: np.ndarray, problem: str) -> None:
         if not good.all():
@@ -200,17 +218,17 @@ class _Plan:
 
     def write_recording(self, recording: int, rows: np.ndarray, file: Path) -> None:
         """Write the cycles of one recording to their places; several threads do so at once."""
-        path, new_rate = self.request.paths[recording], self.request.sample_rate
+        path = self.request.paths[recording]
         whole = self.request.resample == "recording"
         waveform, header = audio.decode(path)
         rate = header.sample_rate
         if whole:
-            waveform = audio.resample(waveform, rate, new_rate)
+            waveform = self.request.prepared(waveform, rate)
         # Written, not mapped: on a full disk that is an error, where a memory map would kill the process.
         with file.open("r+b") as stream:
             for row in rows:
                 cycle = waveform[slice(*self.cuts[row])]
-                cycle = cycle if whole else audio.resample(cycle, rate, new_rate)
+                cycle = cycle if whole else self.request.prepared(cycle, rate)
                 if len(cycle) != self.index["length"][row]:
                     raise AudioError(f"{path}: changed while it was read. Start again when the file is complete.")
                 self.index["crc32"][row] = zlib.crc32(cycle.data)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import recall_score
+from sklearn.metrics import f1_score, recall_score
 
 from respiro.evaluation import Evaluation, bootstrap_by_patient, evaluate
 
@@ -38,7 +38,8 @@ def found(make: Make) -> Evaluation:
 
 def test_every_test_set_and_all_of_them_are_scored_apart(found: Evaluation) -> None:
     table = found.by_set
-    assert list(table.columns) == ["set", "cycles", "patients", *RATES, "score_low", "score_high", "floor"]
+    more = ["score_low", "score_high", "floor", "macro_f1", "macro_f1_floor"]
+    assert list(table.columns) == ["set", "cycles", "patients", *RATES, *more]
     assert table["set"].tolist() == ["inter", "intra", "all"]
     for row in table.to_dict("records"):
         part = found.predictions
@@ -49,6 +50,9 @@ def test_every_test_set_and_all_of_them_are_scored_apart(found: Evaluation) -> N
         assert (row["score_low"], row["score_high"]) == pytest.approx(interval[1:])
         assert row["score_low"] < row["score"] < row["score_high"]
         assert row["floor"] == 0.25
+        assert row["macro_f1"] == pytest.approx(f1_score(part["label"], part["prediction"], average="macro"))
+        normal = np.zeros(len(part), dtype=int)
+        assert row["macro_f1_floor"] == pytest.approx(f1_score(part["label"], normal, average="macro"))
 
 
 def test_the_last_row_is_that_of_the_metrics(found: Evaluation) -> None:
@@ -96,7 +100,8 @@ def test_a_set_without_adventitious_sounds_has_no_score(make: Make, tmp_path: Pa
     assert math.isnan(intra["specificity"])
     assert whole["score"] == found.metrics["score"]
     (line,) = [line for line in str(found).splitlines() if line.startswith("inter ")]
-    assert line.split()[-2:] == ["-", "-"]
+    assert line.split()[3:7] == ["-", f"{100 * inter['specificity']:.2f}", "-", "-"]
+    assert line.split()[7:10] == ["-", "-", "-"]  # score, interval, floor; the F1 of normal cycles is there
     saved = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)["by_set"]
     assert saved[0]["score"] is None
     assert saved[2]["score"] == whole["score"]
@@ -105,13 +110,14 @@ def test_a_set_without_adventitious_sounds_has_no_score(make: Make, tmp_path: Pa
 def test_the_report_has_a_line_for_each_set(found: Evaluation) -> None:
     lines = str(found).splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("set "))
-    heading = "set cycles patients Se Sp AS HS Score 95 % interval all normal"
+    heading = "set cycles patients Se Sp AS HS Score 95 % interval all normal macro-F1 all normal"
     assert " ".join(lines[start].split()) == heading
     for line, row in zip(lines[start + 1 : start + 4], found.by_set.to_dict("records"), strict=True):
         shares = [f"{100 * row[name]:.2f}" for name in RATES]
         interval = f"{100 * row['score_low']:.2f} to {100 * row['score_high']:.2f}"
+        f1 = f"{100 * row['macro_f1']:.2f} {100 * row['macro_f1_floor']:.2f}"
         size = f"{row['set']} {row['cycles']} {row['patients']}"
-        assert " ".join(line.split()) == f"{size} {' '.join(shares)} {interval} 25.00"
+        assert " ".join(line.split()) == f"{size} {' '.join(shares)} {interval} 25.00 {f1}"
     assert not any(line.startswith("split ") for line in lines)  # the sets are not shown twice
 
 
@@ -123,3 +129,50 @@ def test_saved_results_hold_every_set(make: Make, tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / "predictions.csv", index_col="index", dtype={"patient": str})
     again = Evaluation.from_predictions(table, found.classes, found.scoring, found.protocol)
     pd.testing.assert_frame_equal(again.by_set, found.by_set)
+
+
+def of_two_sets(make: Make, **protocol: Any) -> tuple[Any, Any]:
+    """Four classes in two sets, of which the first has one cycle of the last class."""
+    model, data = make(200, 12, **protocol)
+    rare = np.flatnonzero(data.side.cycles["label"] == 3)
+    sets = np.where(np.arange(200) % 2 == 0, "far", "near")
+    sets[rare] = "near"
+    sets[rare[0]] = "far"
+    data.side.cycles["split"] = sets
+    return model, data
+
+
+def test_macro_f1_of_a_set_leaves_out_what_cannot_be_measured(make: Make) -> None:
+    found = evaluate(*of_two_sets(make, unmeasured={"far": ["both"]}))
+    far, near, whole = found.by_set.to_dict("records")
+    for row, labels in ((far, [0, 1, 2]), (near, [0, 1, 2, 3]), (whole, [0, 1, 2, 3])):
+        part = found.predictions
+        part = part if row["set"] == "all" else part[part["split"] == row["set"]]
+        # scikit-learn takes the mean over these labels of an F1 to which every cycle counts.
+        expected = f1_score(part["label"], part["prediction"], labels=labels, average="macro")
+        assert row["macro_f1"] == pytest.approx(expected), row["set"]
+        normal = np.zeros(len(part), dtype=int)
+        assert row["macro_f1_floor"] == pytest.approx(f1_score(part["label"], normal, labels=labels, average="macro"))
+        abnormal = part[part["label"] > 0]
+        two_class = (abnormal["prediction"] > 0).mean() / 2 + row["specificity"] / 2
+        assert row["two_class_score"] == pytest.approx(two_class)
+        assert row["floor"] == 0.5
+    assert whole["macro_f1"] == found.metrics["macro_f1"]
+    assert whole["two_class_score"] == found.metrics["two_class_score"]
+
+
+def test_a_single_set_leaves_out_its_classes_and_is_shown(make: Make) -> None:
+    model, data = make(unmeasured={"test": ["both"]})
+    found = evaluate(model, data)
+    (row,) = found.by_set.to_dict("records")
+    part = found.predictions
+    expected = f1_score(part["label"], part["prediction"], labels=[0, 1, 2], average="macro")
+    assert row["macro_f1"] == pytest.approx(expected)
+    heading = next(line for line in str(found).splitlines() if line.startswith("set "))
+    names = "set cycles patients Se Sp Score 95 % interval all normal two-class Score macro-F1 all normal"
+    assert " ".join(heading.split()) == names
+
+
+def test_two_classes_have_no_two_class_score(make: Make) -> None:
+    found = evaluate(*make(classes=("normal", "abnormal")))
+    assert "two_class_score" not in found.by_set

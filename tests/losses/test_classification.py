@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from respiro.component import Loss, build, describe
 from respiro.errors import LabelError
-from respiro.losses import CrossEntropy, cross_entropy
+from respiro.losses import CrossEntropy, LogitAdjustedCrossEntropy, cross_entropy, logit_adjusted_cross_entropy
 
 WEIGHT = [0.5, 2.0, 1.0]
 
@@ -171,3 +172,82 @@ def test_wrong_number_of_weights() -> None:
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CrossEntropy(**arguments)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2], ids=["hard", "smoothed"])
+def test_equal_weights_change_nothing(smoothing: float) -> None:
+    logits, labels = random_logits().requires_grad_(), torch.tensor([0, 1, -1, 2, 2, 1])
+    plain, weighted = (cross_entropy(logits, labels, weight, smoothing) for weight in (None, [1.0, 1.0, 1.0]))
+    torch.testing.assert_close(plain, weighted)
+    torch.testing.assert_close(torch.autograd.grad(plain, logits), torch.autograd.grad(weighted, logits))
+
+
+# ------------------------------------------------------------------------------------------------------ logit adjustment
+
+COUNTS = [30, 10, 5]
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0, 2.5])
+def test_logit_adjustment_is_its_equation(tau: float) -> None:
+    labels = [0, -1, 2, 0, 1, 2]
+    adjusted = random_logits() + torch.tensor([tau * math.log(count / 45) for count in COUNTS], dtype=torch.float64)
+    loss = LogitAdjustedCrossEntropy(COUNTS, tau)(random_logits(), torch.tensor(labels))
+    assert loss.item() == pytest.approx(loop(adjusted, labels, [1.0] * 3, 0.0))
+    assert logit_adjusted_cross_entropy(random_logits(), torch.tensor(labels), COUNTS, tau) == loss
+
+
+@pytest.mark.parametrize("classes", [4, 7])
+def test_logit_adjustment_gives_the_reference_values(golden: Path, classes: int) -> None:
+    with np.load(golden / "qlung" / f"margins{classes}.npz") as file:
+        vectors = {name: torch.from_numpy(file[name]) for name in file}
+    loss = LogitAdjustedCrossEntropy(vectors["class_counts"].tolist())
+    logits, labels, expected = vectors["raw_logits"], vectors["label"], vectors["logit_adjusted_loss"]
+    rows = torch.stack([loss(logits[row : row + 1], labels[row : row + 1]) for row in range(len(labels))])
+    torch.testing.assert_close(rows, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(loss(logits, labels), expected.mean(), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(loss.adjust(logits), vectors["logit_adjusted_posthoc"], rtol=1e-9, atol=1e-11)
+
+
+def test_logit_adjustment_afterwards_undoes_that_in_training() -> None:
+    """A model that has learnt the adjusted logits by plain cross-entropy is adjusted to the bare ones."""
+    loss = LogitAdjustedCrossEntropy(COUNTS, tau=1.5)
+    learnt = random_logits() + 1.5 * (torch.tensor(COUNTS, dtype=torch.float64) / 45).log()
+    torch.testing.assert_close(loss.adjust(learnt), random_logits())
+
+
+def test_gradient_of_logit_adjustment() -> None:
+    logits, labels, loss = random_logits().requires_grad_(), torch.tensor([0, 1, 2, -1, 1, 0]), LogitAdjustedCrossEntropy(COUNTS)
+    assert torch.autograd.gradcheck(lambda x: loss(x, labels), (logits,))
+    assert torch.autograd.gradgradcheck(lambda x: loss(x, labels), (logits,))
+
+
+@pytest.mark.parametrize("labels", [[], [-1, -1]], ids=["empty", "unknown"])
+def test_logit_adjustment_of_a_batch_without_labels(labels: list[int]) -> None:
+    logits = random_logits(len(labels)).requires_grad_()
+    loss = LogitAdjustedCrossEntropy(COUNTS)(logits, torch.tensor(labels, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logit_adjustment_keeps_the_prior_exact_in_half_precision(dtype: torch.dtype) -> None:
+    logits, labels, loss = random_logits().to(dtype), torch.tensor([0, 1, 2, 0, 1, 2]), LogitAdjustedCrossEntropy(COUNTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, adjusted = loss(logits, labels), loss.adjust(logits)
+    assert (found.dtype, adjusted.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(found, loss(logits.float(), labels))
+    torch.testing.assert_close(adjusted, loss.adjust(logits.float()))
+
+
+@pytest.mark.parametrize("tau", [-1.0, float("inf"), float("nan")])
+def test_logit_adjustment_without_a_meaning(tau: float) -> None:
+    with pytest.raises(ValueError, match=f"tau must be finite and not negative, got {tau}"):
+        LogitAdjustedCrossEntropy(COUNTS, tau)
+
+
+@pytest.mark.parametrize("label", [-2, 3])
+def test_logit_adjustment_of_labels_that_are_no_class(label: int) -> None:
+    with pytest.raises(LabelError, match=r"labels must lie in \[-1, 3\) for logits of 3 classes"):
+        LogitAdjustedCrossEntropy(COUNTS)(random_logits(2), torch.tensor([0, label]))

@@ -234,3 +234,49 @@ def test_two_processes_share_centres_and_a_cache(sprsound_root: Path, tmp_path: 
     assert any(value for center in first["centers"] for value in center)
     assert first["weights"] == second["weights"]
     assert len(list((tmp_path / "cache" / "features").glob("*/meta.json"))) == 1
+
+
+QUALITY = """
+import json, sys
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from respiro.datamodules import ICBHIDataModule
+from respiro.methods import QLung
+from respiro.models import CNN6
+from respiro.transforms import LogMelSpectrogram
+
+torch.set_num_threads(1)
+root, output = sys.argv[1:]
+seed_everything(0, verbose=False)
+data = ICBHIDataModule(root, sample_rate=4000, duration=1.0, batch_size=4, cache_dir=f"{output}/cache")
+model = QLung(CNN6(), features=LogMelSpectrogram(4000, 256, 128, 16, 50, 2000), lr=1e-3)
+seen = {}
+step = model.training_step
+model.training_step = lambda batch, batch_idx: (
+    seen.update(zip(batch["index"].tolist(), batch["quality"].tolist())), step(batch, batch_idx))[1]
+trainer = Trainer(max_epochs=1, limit_train_batches=3, limit_val_batches=0, devices=2, accelerator="cpu",
+                  strategy="ddp", logger=False, enable_progress_bar=False, enable_model_summary=False,
+                  enable_checkpointing=False)
+trainer.fit(model, datamodule=data)
+found = {"counts": model.margin.get_extra_state(), "expected": data.class_counts,
+         "range": model.quality.rms_range.tolist(), "seen": seen,
+         "table": data.data.cycles["quality"].to_dict(),
+         "weights": float(sum(p.detach().double().abs().sum() for p in model.parameters()))}
+open(f"{output}/{trainer.global_rank}.json", "w").write(json.dumps(found))
+"""
+
+
+def test_two_processes_share_class_counts_and_quality(icbhi_root: Path, tmp_path: Path) -> None:
+    """Counts and percentiles are those of the whole train side, whatever share of it a process sees."""
+    script = tmp_path / "script.py"
+    script.write_text(QUALITY)
+    command = [sys.executable, str(script), str(icbhi_root), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=300, cwd=tmp_path, capture_output=True)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["counts"] == second["counts"] == first["expected"]
+    assert first["range"] == second["range"]
+    assert first["table"] == second["table"]
+    assert not set(first["seen"]) & set(second["seen"])
+    for row, quality in (first["seen"] | second["seen"]).items():
+        assert quality == pytest.approx(first["table"][row])
+    assert first["weights"] == second["weights"]

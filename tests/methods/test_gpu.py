@@ -29,6 +29,7 @@ from respiro.losses import (
 from respiro.methods import MSCL, SCL, HybridSCL, InceptionFusion, PatchMixCE, PatchMixCL, SimCLR, SoundClassifier
 from respiro.models import AST, CNN6, InceptionResidual, SpectrogramFusion
 from respiro.transforms import (
+    AudioQuality,
     CutMix,
     GammatoneSpectrogram,
     KaldiFbank,
@@ -191,12 +192,20 @@ def test_waiting_is_noticed() -> None:
         value.item()
 
 
+def fitted_quality(**options: Any) -> AudioQuality:
+    quality = AudioQuality(**options)
+    quality.fit(torch.tensor([0.5, 1.5]))
+    return quality
+
+
 #: How every part of a training step is built, and what it is given.
 PARTS: dict[str, tuple[Callable[..., torch.nn.Module], str]] = {
     "kaldi-fbank": (KaldiFbank, "waveform"),
     "log-mel": (LogMelSpectrogram, "waveform"),
     "gammatone": (lambda: GammatoneSpectrogram(16000, 16), "waveform"),
     "morlet": (lambda: MorletScalogram(16000, 16, f_min=100), "waveform"),
+    "quality": (lambda: AudioQuality(rms="raw"), "waveform length"),
+    "quality-fitted": (lambda: fitted_quality(entropy="mean-psd", band=(50, 2000)), "waveform length"),
     "waveform-augment": (lambda: augmentations()["waveform_augment"], "waveform"),
     "spec-augment": (lambda: augmentations()["augment"], "features"),
     "spec-augment-zero": (lambda: SpecAugment(freq_width=8, time_width=30, fill="zero"), "features"),
@@ -236,6 +245,7 @@ def test_no_part_waits_for_the_gpu(build: Callable[..., torch.nn.Module], names:
     part = build().cuda()
     given: dict[str, Any] = {
         **noise("cuda"),
+        "length": torch.arange(1, 9, device="cuda") * 2000,
         "features": torch.randn(8, 98, 32, device="cuda"),
         "tokens": torch.randn(8, 12, 4, device="cuda"),
         "grid": (2, 6),
