@@ -6,15 +6,9 @@ from respiro.losses.class_margin import (
     dual_factor_angular_margin_loss,
     ldam_loss,
 )
-from respiro.losses.classification import (
-    CrossEntropy,
-    LogitAdjustedCrossEntropy,
-    MixedCrossEntropy,
-    cross_entropy,
-    logit_adjusted_cross_entropy,
-    mixed_cross_entropy,
-)
+from respiro.losses.classification import CrossEntropy, MixedCrossEntropy, cross_entropy, mixed_cross_entropy
 from respiro.losses.contrastive import PatchMixContrastiveLoss, patch_mix_contrastive_loss
+from respiro.losses.logit_adjustment import LogitAdjustedCrossEntropy, logit_adjusted_cross_entropy
 from respiro.losses.margin import (
     AdaFaceLoss,
     ArcFaceLoss,

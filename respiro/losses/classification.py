@@ -11,17 +11,9 @@ from torch import Tensor
 
 from respiro.component import Loss
 from respiro.errors import LabelError
-from respiro.losses._counts import ClassCounted, log_prior
 from respiro.losses._mixed import check_mixed
 
-__all__ = [
-    "CrossEntropy",
-    "LogitAdjustedCrossEntropy",
-    "MixedCrossEntropy",
-    "cross_entropy",
-    "logit_adjusted_cross_entropy",
-    "mixed_cross_entropy",
-]
+__all__ = ["CrossEntropy", "MixedCrossEntropy", "cross_entropy", "mixed_cross_entropy"]
 
 #: Label of a sample that is left out.
 IGNORED = -1
@@ -96,19 +88,6 @@ def mixed_cross_entropy(
     check_mixed(index, lam, len(logits))
     own = _weighted_mean(logits, labels, weight, label_smoothing, lam)
     return own + _weighted_mean(logits, labels[index], weight, label_smoothing, 1 - lam)
-
-
-def logit_adjusted_cross_entropy(
-    logits: Tensor, labels: Tensor, class_counts: Tensor | Sequence[int], tau: float = 1.0
-) -> Tensor:
-    """Return the mean cross-entropy of ``logits + tau * log(pi)``. See :class:`LogitAdjustedCrossEntropy`.
-
-    Example:
-        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
-        >>> logit_adjusted_cross_entropy(logits, torch.tensor([0, 1]), class_counts=[30, 10])
-        tensor(0.1924)
-    """
-    return cross_entropy(logits + tau * log_prior(class_counts, logits), labels)
 
 
 def check_labels(labels: Tensor, scores: Tensor, name: str) -> None:
@@ -272,49 +251,3 @@ class MixedCrossEntropy(_ClassWeighted):
     def forward(self, logits: Tensor, labels: Tensor, index: Tensor, lam: Tensor | float) -> Tensor:
         """Return the mean cross-entropy of the mixed batch, a scalar."""
         return mixed_cross_entropy(logits, labels, index, lam, self._weight(), self.label_smoothing)
-
-
-class LogitAdjustedCrossEntropy(ClassCounted):
-    """Cross-entropy of ``logits + tau * log(pi)``, with each class's share ``pi`` of the train samples.
-
-    The bare logits, by which to predict, then aim at the balanced error. A model trained by plain cross-entropy can be
-    adjusted afterwards: :meth:`adjust`.
-
-    Args:
-        class_counts: Train samples of each class; by default the datamodule gives them before training.
-        tau: How much of the prior is taken into account; not negative.
-
-    Shape:
-        logits ``(B, C)``, labels ``(B,)`` int64, -1 = ignored; returns a scalar.
-
-    Raises:
-        ValueError: If *tau* is negative or not finite.
-        LabelError: If a label is no class, a class has no train sample, or the counts are for another number of
-            classes.
-        RuntimeError: If it is called before it has class counts.
-
-    Source:
-        Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, equations 9 and 10.
-
-    Example:
-        >>> loss = LogitAdjustedCrossEntropy(class_counts=[30, 10])
-        >>> loss(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1]))
-        tensor(0.1924)
-    """
-
-    def __init__(self, class_counts: Sequence[int] | None = None, tau: float = 1.0) -> None:
-        super().__init__(class_counts)
-        if not 0 <= tau < float("inf"):
-            raise ValueError(f"tau must be finite and not negative, got {tau!r}")
-        self.tau = float(tau)
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss of the batch, a scalar."""
-        return logit_adjusted_cross_entropy(logits, labels, self.known_counts(), self.tau)
-
-    def adjust(self, logits: Tensor) -> Tensor:
-        """Return ``logits - tau * log(pi)`` ``(B, C)``, by which a model trained by plain cross-entropy predicts.
-
-        In float32 at least.
-        """
-        return logits - self.tau * log_prior(self.known_counts(), logits)

@@ -144,7 +144,7 @@ WORKED = [
 
 
 def with_cosines(values: list[float]) -> tuple[CosineHead, Tensor]:
-    """A head, and an embedding that has these cosines: each class turns away from one direction along one of its own."""
+    """A head, and an embedding that has these cosines: each class leaves one direction along an axis of its own."""
     head = CosineHead(len(values) + 1, len(values)).double()
     weight = torch.diag(torch.tensor([math.sqrt(1 - value**2) for value in values], dtype=torch.float64))
     along = torch.tensor(values, dtype=torch.float64)[:, None]
@@ -272,7 +272,7 @@ def test_a_class_rarer_by_a_factor_gains_its_logarithm(rho: int) -> None:
     assert gained[1] - gained[0] == pytest.approx(0.2 / math.log(4) * math.log(rho))
 
 
-# ---------------------------------------------------------------------------------------------------------- class counts
+# --------------------------------------------------------------------------------------------------------- class counts
 
 
 @each_kind

@@ -182,7 +182,7 @@ def test_equal_weights_change_nothing(smoothing: float) -> None:
     torch.testing.assert_close(torch.autograd.grad(plain, logits), torch.autograd.grad(weighted, logits))
 
 
-# ------------------------------------------------------------------------------------------------------ logit adjustment
+# ----------------------------------------------------------------------------------------------------- logit adjustment
 
 COUNTS = [30, 10, 5]
 
@@ -216,7 +216,11 @@ def test_logit_adjustment_afterwards_undoes_that_in_training() -> None:
 
 
 def test_gradient_of_logit_adjustment() -> None:
-    logits, labels, loss = random_logits().requires_grad_(), torch.tensor([0, 1, 2, -1, 1, 0]), LogitAdjustedCrossEntropy(COUNTS)
+    logits, labels, loss = (
+        random_logits().requires_grad_(),
+        torch.tensor([0, 1, 2, -1, 1, 0]),
+        LogitAdjustedCrossEntropy(COUNTS),
+    )
     assert torch.autograd.gradcheck(lambda x: loss(x, labels), (logits,))
     assert torch.autograd.gradgradcheck(lambda x: loss(x, labels), (logits,))
 
@@ -233,7 +237,11 @@ def test_logit_adjustment_of_a_batch_without_labels(labels: list[int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_logit_adjustment_keeps_the_prior_exact_in_half_precision(dtype: torch.dtype) -> None:
-    logits, labels, loss = random_logits().to(dtype), torch.tensor([0, 1, 2, 0, 1, 2]), LogitAdjustedCrossEntropy(COUNTS)
+    logits, labels, loss = (
+        random_logits().to(dtype),
+        torch.tensor([0, 1, 2, 0, 1, 2]),
+        LogitAdjustedCrossEntropy(COUNTS),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         found, adjusted = loss(logits, labels), loss.adjust(logits)
     assert (found.dtype, adjusted.dtype) == (torch.float32, torch.float32)

@@ -410,7 +410,9 @@ def test_arguments_without_meaning(kind: Any, arguments: dict[str, Any], message
 def test_logits_given_for_cosines(loss: Callable[..., Tensor], value: float) -> None:
     x = cosines()
     x[3, 2] = value
-    with pytest.raises(ValueError, match=r"cosines must lie in \[-1, 1\], got .*; give the head's cosines\(embeddings\)"):
+    with pytest.raises(
+        ValueError, match=r"cosines must lie in \[-1, 1\], got .*; give the head's cosines\(embeddings\)"
+    ):
         loss(x, torch.tensor(LABELS["all"]))
 
 

@@ -15,9 +15,15 @@ from torch import Tensor
 from respiro.datamodules import ICBHIDataModule
 from respiro.evaluation import evaluate
 from respiro.losses import (
+    AdaFaceLoss,
+    ArcFaceLoss,
     CenterLoss,
+    CosFaceLoss,
     CrossEntropy,
+    DualFactorAngularMarginLoss,
     HybridSupConLoss,
+    LDAMLoss,
+    LogitAdjustedCrossEntropy,
     MixedCrossEntropy,
     MultiObjectiveLoss,
     MultiSupConLoss,
@@ -27,7 +33,7 @@ from respiro.losses import (
     TripletLoss,
 )
 from respiro.methods import MSCL, SCL, HybridSCL, InceptionFusion, PatchMixCE, PatchMixCL, SimCLR, SoundClassifier
-from respiro.models import AST, CNN6, InceptionResidual, SpectrogramFusion
+from respiro.models import AST, CNN6, CosineHead, InceptionResidual, SpectrogramFusion
 from respiro.transforms import (
     AudioQuality,
     CutMix,
@@ -236,6 +242,14 @@ PARTS: dict[str, tuple[Callable[..., torch.nn.Module], str]] = {
         lambda: MultiObjectiveLoss(CrossEntropy(), CenterLoss(4, 4), TripletLoss(), weighting="uncertainty"),
         "logits logits label",
     ),
+    "cosine-head": (lambda: CosineHead(4, 4), "logits"),
+    "arc-face": (ArcFaceLoss, "cosines label"),
+    "arc-face-clip": (lambda: ArcFaceLoss(beyond="clip"), "cosines label"),
+    "cos-face": (CosFaceLoss, "cosines label"),
+    "ada-face": (AdaFaceLoss, "cosines label lam"),
+    "ldam": (lambda: LDAMLoss([4, 3, 2, 1]), "cosines label"),
+    "logit-adjusted": (lambda: LogitAdjustedCrossEntropy([4, 3, 2, 1]), "logits label"),
+    "dual-factor": (lambda: DualFactorAngularMarginLoss([4, 3, 2, 1]), "cosines label lam"),
     "hybrid-sup-con": (lambda: HybridSupConLoss(weight=[1.0, 2.0, 3.0, 4.0]), "logits logits label"),
 }
 
@@ -250,6 +264,7 @@ def test_no_part_waits_for_the_gpu(build: Callable[..., torch.nn.Module], names:
         "tokens": torch.randn(8, 12, 4, device="cuda"),
         "grid": (2, 6),
         "logits": torch.randn(8, 4, device="cuda"),
+        "cosines": torch.rand(8, 4, device="cuda") * 2 - 1,
         "index": torch.randperm(8, device="cuda"),
         "lam": torch.rand(8, device="cuda"),
     }

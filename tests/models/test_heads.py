@@ -13,11 +13,119 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from respiro.component import Component, build, describe
-from respiro.models.heads import KNNHead, Projector
+from respiro.models.heads import CosineHead, KNNHead, LinearHead, Projector
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cosine(x: Tensor, y: Tensor) -> float:
+    """Entry by entry."""
+    products, lengths = 0.0, [0.0, 0.0]
+    for a, b in zip(x.tolist(), y.tolist(), strict=True):
+        products, lengths = products + a * b, [lengths[0] + a * a, lengths[1] + b * b]
+    return products / math.sqrt(lengths[0] * lengths[1])
+
+
+class TestCosineHead:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    def test_is_the_scaled_cosine_of_each_class(self, dtype: torch.dtype) -> None:
+        head, z = CosineHead(6, 4, scale=12.0).to(dtype), noise(5, 6).to(dtype)
+        expected = [[cosine(row, direction) for direction in head.weight] for row in z]
+        cosines = head.cosines(z)
+        assert cosines.dtype == dtype
+        torch.testing.assert_close(cosines, torch.tensor(expected, dtype=dtype))
+        torch.testing.assert_close(head(z), 12 * cosines)
+
+    def test_neither_length_matters(self) -> None:
+        head, z = CosineHead(6, 4).double(), noise(5, 6)
+        expected = head(z)
+        head.weight.data *= torch.tensor([[1e-6], [3.0], [1e6], [1e150]], dtype=torch.float64)
+        torch.testing.assert_close(head(z * 1e3), expected)
+
+    def test_cosines_stay_within_their_range(self) -> None:
+        head = CosineHead(300, 4)
+        own = head.cosines(torch.cat([head.weight, -head.weight]) * 7).detach()
+        torch.testing.assert_close(own[:4].diagonal(), torch.ones(4))
+        assert own.abs().max() <= 1 + 1e-5
+
+    def test_a_zero_embedding_has_no_direction(self) -> None:
+        head, z = CosineHead(6, 4), torch.zeros(2, 6, requires_grad=True)
+        logits = head(z)
+        logits.sum().backward()
+        assert not logits.any()
+        assert z.grad is not None
+        assert not z.grad.any()
+        assert head.weight.grad is not None
+        assert head.weight.grad.isfinite().all()
+
+    def test_gradient_is_right(self) -> None:
+        head, z = CosineHead(6, 4).double(), noise(3, 6).requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda z, w: torch.func.functional_call(head, {"weight": w}, (z,)), (z, head.weight)
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_computes_in_float32_under_autocast(self, dtype: torch.dtype) -> None:
+        head, z = CosineHead(64, 4), (noise(5, 64) * 100).to(dtype)  # the squares would be infinite in float16
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = head(z)
+        assert logits.dtype == torch.float32
+        assert torch.equal(logits, head(z.float()))
+
+    def test_half_precision_weights(self) -> None:
+        head, z = CosineHead(64, 4), noise(5, 64)
+        expected = head.cosines(z.float())
+        torch.testing.assert_close(head.half().cosines(z.half()), expected, rtol=0, atol=2e-3)
+
+    def test_with_cross_entropy_it_gives_the_reference_values(self, golden: Path) -> None:
+        """NormFace at 37, of which the file holds the loss of each sample."""
+        expected = np.load(golden / "qlung" / "loss_icbhi4.npz")
+        head = CosineHead(8, 4).double()
+        head.weight.data = torch.from_numpy(expected["weight"])
+        logits = head(torch.from_numpy(expected["x"]))
+        np.testing.assert_allclose(logits.detach(), expected["ce_logits"], rtol=1e-9, atol=1e-11)
+        losses = nn.functional.cross_entropy(logits, torch.from_numpy(expected["label"]), reduction="none")
+        np.testing.assert_allclose(losses.detach(), expected["l_ce"], rtol=1e-9, atol=1e-11)
+
+    def test_comes_back_from_its_description(self) -> None:
+        head = CosineHead(6, 4, scale=5.0)
+        again = build(describe(head), CosineHead, "head")
+        again.load_state_dict(head.state_dict())
+        z = noise(3, 6).float()
+        assert torch.equal(again(z), head(z))
+        assert (again.in_features, again.num_classes, again.scale) == (6, 4, 5.0)
+
+    def test_an_empty_batch(self) -> None:
+        assert CosineHead(6, 4)(torch.zeros(0, 6)).shape == (0, 4)
+
+    @pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan")])
+    def test_refuses_a_scale_without_meaning(self, scale: float) -> None:
+        with pytest.raises(ValueError, match=f"scale must be positive and finite, got {scale}"):
+            CosineHead(6, 4, scale)
+
+
+class TestLinearHead:
+    @pytest.mark.parametrize("layer_norm", [False, True], ids=["plain", "layer-norm"])
+    def test_cosines_are_those_of_its_weights(self, layer_norm: bool) -> None:
+        head, z = LinearHead(6, 4, layer_norm=layer_norm).double(), noise(5, 6)
+        before = nn.functional.layer_norm(z, (6,)) if layer_norm else z
+        expected = [[cosine(row, direction) for direction in head.linear.weight] for row in before]
+        torch.testing.assert_close(head.cosines(z), torch.tensor(expected, dtype=torch.float64))
+
+    def test_cosines_leave_the_bias_out(self) -> None:
+        head, z = LinearHead(6, 4), noise(5, 6).float()
+        expected = head.cosines(z)
+        head.linear.bias.data += 10
+        assert torch.equal(head.cosines(z), expected)
+
+    def test_cosines_are_in_float32_under_autocast(self) -> None:
+        head, z = LinearHead(6, 4), noise(5, 6).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            cosines = head.cosines(z)
+        assert cosines.dtype == torch.float32
+        assert torch.equal(cosines, head.cosines(z))
 
 
 class TestProjector:
