@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -402,10 +403,15 @@ def test_a_recipe_trains(
     name: str, icbhi_root: Path, sprsound_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    root = sprsound_root if name.startswith("ngo2023") else icbhi_root
+    if "test" in read(name)["data"]["init_args"]:
+        tested = {"root": os.fspath(sprsound_root), "test_side": "inter", "partial": True}
+        roots = ["--data.train.init_args.root", os.fspath(icbhi_root)]
+        roots += ["--data.test", json.dumps([part("datamodules.SPRSoundDataModule", **tested)])]
+    else:
+        roots = ["--data.root", os.fspath(sprsound_root if name.startswith("ngo2023") else icbhi_root)]
     # Half precision needs a GPU, and the published weights a network.
     machine = ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--weights", "null"]
-    data = ["--data.root", os.fspath(root), "--data.duration", "1.0"]
+    data = [*roots, "--data.duration", "1.0"]
     data += ["--data.batch_size", "2", "--data.num_workers", "0"]
     limits = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.logger", "false"]
