@@ -38,7 +38,7 @@ class QLung(SoundClassifier):
         classes: Class names in the order of their labels. This, and all that is not named here, is as in
             :class:`SoundClassifier`.
         head: Default :class:`respiro.models.CosineHead` with scale 37. Any head will do; with *share_weights* one that
-            has ``cosines``, such as :class:`respiro.models.LinearHead`.
+            has ``logits_and_cosines``, such as :class:`respiro.models.LinearHead`.
         loss: On ``(logits, labels)``; default :class:`respiro.losses.CrossEntropy` without class weights.
         margin: On ``cosines``, ``labels`` and, if it asks for them, ``quality`` and ``norms`` (of the embeddings);
             default :class:`respiro.losses.DualFactorAngularMarginLoss`.
@@ -116,10 +116,10 @@ class QLung(SoundClassifier):
         self.margin_inputs = _inputs(self.margin)
         self.quality = build(self._default_quality() if quality is None else quality, Transform, "quality")
         self.margin_head = None if share_weights else CosineHead(self.backbone.num_features, len(self.classes))
-        if share_weights and not hasattr(self.head, "cosines"):
+        if share_weights and not hasattr(self.head, "logits_and_cosines"):
             raise TypeError(
-                f"{type(self.head).__name__} has no cosines(embeddings) for the margin; use CosineHead or LinearHead, "
-                f"or share_weights=False"
+                f"{type(self.head).__name__} has no logits_and_cosines(embeddings) for the margin; use CosineHead or "
+                f"LinearHead, or share_weights=False"
             )
         changed = not isinstance(self.waveform_augment, nn.Identity)
         self.recompute = "quality" in self.margin_inputs and (changed if recompute is None else bool(recompute))
@@ -162,27 +162,35 @@ class QLung(SoundClassifier):
             features = self.training_features(batch)
         embeddings, labels = self.backbone(features), batch["label"]
         total, terms = torch.zeros((), device=embeddings.device), {}
+        logits, cosines = self._logits_and_cosines(embeddings)
         if self.ce_weight:
-            terms["train_ce"] = self.loss(self.head(embeddings), labels)
+            terms["train_ce"] = self.loss(logits, labels)
             total = total + self.ce_weight * terms["train_ce"]
         if self.margin_weight:
-            terms["train_margin"] = self.margin(**self._given(embeddings, batch))
+            terms["train_margin"] = self.margin(cosines=cosines, labels=labels, **self._asked(embeddings, batch))
             total = total + self.margin_weight * terms["train_margin"]
         return self.logged(total, labels, **terms)
 
-    def _given(self, embeddings: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        head: Any = self.head if self.margin_head is None else self.margin_head
-        given = {"cosines": head.cosines(embeddings), "labels": batch["label"]}
+    def _logits_and_cosines(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        head: Any = self.head
+        if self.margin_head is not None:
+            return head(embeddings), self.margin_head.cosines(embeddings)
+        both: tuple[Tensor, Tensor] = head.logits_and_cosines(embeddings)
+        return both
+
+    def _asked(self, embeddings: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the margin asks for beside the cosines and the labels."""
+        asked = {}
         if "norms" in self.margin_inputs:
-            given["norms"] = torch.linalg.vector_norm(embeddings.float(), dim=1)
+            asked["norms"] = torch.linalg.vector_norm(embeddings.float(), dim=1)
         if "quality" in self.margin_inputs:
             if "quality" not in batch:
                 raise ValueError(
                     "the batches have no 'quality', which the margin asks for; use a datamodule of respiro, or put it "
                     "into the batches, or set recompute=True"
                 )
-            given["quality"] = batch["quality"]
-        return given
+            asked["quality"] = batch["quality"]
+        return asked
 
 
 def _inputs(margin: nn.Module) -> tuple[str, ...]:

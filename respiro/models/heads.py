@@ -44,7 +44,12 @@ class LinearHead(Component):
 
     def cosines(self, embeddings: Tensor) -> Tensor:
         """Return the cosines ``(B, num_classes)`` of what the linear layer gets and the weights of each class."""
-        return _cosines(self.dropout(self.norm(embeddings)), self.linear.weight)
+        return self.logits_and_cosines(embeddings)[1]
+
+    def logits_and_cosines(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both ``(B, num_classes)``, of the same dropped embeddings."""
+        kept = self.dropout(self.norm(embeddings))
+        return self.linear(kept), _cosines(kept, self.linear.weight)
 
 
 class CosineHead(Component):
@@ -92,6 +97,11 @@ class CosineHead(Component):
     def cosines(self, embeddings: Tensor) -> Tensor:
         """Return the cosines ``(B, num_classes)`` of the embeddings and the direction of each class."""
         return _cosines(embeddings, self.weight)
+
+    def logits_and_cosines(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both ``(B, num_classes)``, computed once."""
+        cosines = self.cosines(embeddings)
+        return self.scale * cosines, cosines
 
 
 def _cosines(embeddings: Tensor, weight: Tensor) -> Tensor:

@@ -148,6 +148,18 @@ def test_the_margin_can_share_the_weights_of_a_linear_classifier() -> None:
     assert float(logged["train_ce"]) == pytest.approx(float(cross_entropy(model.head(embeddings), batch["label"])))
 
 
+def test_a_shared_head_drops_the_same_for_both_losses() -> None:
+    model, batch = small(head=LinearHead(512, 4, dropout=0.5), margin=ArcFaceLoss(15.0, 0.2)), batch_of()
+    dropped: list[Tensor] = []
+    model.head.dropout.register_forward_hook(lambda _module, _args, out: dropped.append(out.detach()))  # type: ignore[union-attr,operator]
+    _, logged = step(model, batch)
+    (kept,) = dropped
+    cosines = torch.tensor(cosines_of(kept, model.head.linear.weight))
+    assert float(logged["train_margin"]) == pytest.approx(float(model.margin(cosines, batch["label"])), rel=1e-4)
+    expected = float(cross_entropy(model.head.linear(kept), batch["label"]))  # type: ignore[union-attr,operator]
+    assert float(logged["train_ce"]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_margin_can_have_weights_of_its_own() -> None:
     model, batch = small(margin=ArcFaceLoss(15.0, 0.2), share_weights=False), batch_of()
     loss, logged = step(model, batch)
@@ -327,7 +339,7 @@ class NoAngle(Component):
         ({"margin_weight": math.nan}, ValueError, "must not be negative, nor both 0"),
         ({"margin": CrossEntropy()}, TypeError, r"CrossEntropy takes \(logits, labels\) and cannot be the margin"),
         ({"loss": ArcFaceLoss()}, TypeError, r"ArcFaceLoss takes \(cosines, labels\) and cannot be the loss"),
-        ({"head": NoAngle()}, TypeError, r"NoAngle has no cosines\(embeddings\) for the margin; use CosineHead"),
+        ({"head": NoAngle()}, TypeError, r"NoAngle has no logits_and_cosines\(embeddings\)"),
         ({"head": CosineHead(512, 3)}, ValueError, "the head gives 3 logits for 4 classes"),
     ],
     ids=["negative", "both 0", "nan", "on logits", "on cosines", "no cosines", "other classes"],
