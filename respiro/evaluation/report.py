@@ -31,7 +31,7 @@ _NAMES = {
     "accuracy": "accuracy",
     "ece": "calibration error (ECE)",
 }
-_FLOORS = ("floor", "macro_f1_floor")
+_FLOORS = {"floor": "all normal", "macro_f1_floor": "macro-F1 of all normal"}
 _SHORT = {
     "specificity": "Sp",
     "sensitivity": "Se",
@@ -78,7 +78,7 @@ def _sets(by_set: pd.DataFrame) -> pd.DataFrame:
     columns = list(by_set.columns)
     first = _in_percent(by_set[columns[: columns.index("score_low")]]).rename(columns=_SHORT)
     first["95 % interval"] = [_interval(interval) for interval in bounds]
-    more = by_set[columns[columns.index("floor") :]].rename(columns=_NAMES | dict.fromkeys(_FLOORS, "all normal"))
+    more = by_set[columns[columns.index("floor") :]].rename(columns=_NAMES | _FLOORS)
     return pd.concat([first, more.map(percent)], axis=1)
 
 
