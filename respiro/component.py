@@ -107,21 +107,25 @@ class TokenBackbone(Backbone):
         return self.forward_tokens(self.embed_patches(features))
 
 
-class Transform(Component):
+class _Exact(Component):
+    """Keeps the precision of its buffers when it is cast: the few digits of half precision are not enough for them."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Moves to a device come this way, and so do casts.
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class Transform(_Exact):
     """Feature extraction, augmentation or mixing on batches: waveforms ``(B, S)``, features ``(B, T, F)`` or tokens."""
 
     #: What it mixes the samples of, returning :class:`Mixed`; nothing, if it is no mixing transform.
     mixes: ClassVar[Literal["features", "tokens"] | None] = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Moves to a device come this way, and so do casts, of which windows and filters would keep a few digits.
-        constants = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, constant in constants.items():
-            moved = self._buffers[name]
-            if constant is not None and moved is not None and moved.dtype != constant.dtype:
-                self._buffers[name] = constant.to(moved.device)
-        return self
 
 
 class Mixed(NamedTuple):
@@ -135,7 +139,7 @@ class Mixed(NamedTuple):
     lam: Tensor
 
 
-class Loss(Component):
+class Loss(_Exact):
     """Training objective that returns a scalar."""
 
     def use_class_counts(self, counts: Sequence[int]) -> None:

@@ -59,9 +59,11 @@ def with_margin(cosines: Tensor, labels: Tensor, scale: float, move: Callable[[T
         move: Gets the cosine of each sample and its true class ``(B,)``, without gradient.
 
     Raises:
-        ValueError: If the cosines are not floating point of shape ``(B, C)`` or, on a CPU, lie outside [-1, 1].
+        ValueError: If *scale* is not positive, or the cosines are not floating point of shape ``(B, C)`` or, on a CPU,
+            lie outside [-1, 1].
         LabelError: If, on a CPU, a label is no class.
     """
+    check_positive("scale", scale)
     check_labels(labels, cosines, "cosines")
     _check_cosines(cosines)
     exact = cosines if cosines.dtype == torch.float64 else cosines.float()
@@ -98,7 +100,9 @@ class _CrossEntropy(torch.autograd.Function):
         if slope is not None:
             pull *= slope[:, None]
         pulls = log_p.exp().scatter_(1, place, pull)
-        return pulls.mul_((grad * ctx.scale / count * known)[:, None]), None, None, None, None, None
+        # Filled, as an ignored sample may have no margin, which is NaN, and NaN times 0 is none.
+        pulls.mul_(grad * ctx.scale / count).masked_fill_(~known[:, None], 0.0)
+        return pulls, None, None, None, None, None
 
 
 def _check_cosines(cosines: Tensor) -> None:
@@ -108,10 +112,8 @@ def _check_cosines(cosines: Tensor) -> None:
     if cosines.device.type == "cpu" and cosines.numel():
         lowest, highest = (value.item() for value in cosines.detach().aminmax())
         if not -1.01 <= lowest <= highest <= 1.01:  # bfloat16 rounds by some thousandths
-            raise ValueError(
-                f"cosines must lie in [-1, 1], got {lowest:g} to {highest:g}; give the head's cosines(embeddings), not "
-                f"its logits"
-            )
+            hint = "look at the embeddings" if math.isnan(lowest) else "give the head's cosines, not its logits"
+            raise ValueError(f"cosines must lie in [-1, 1], got {lowest:g} to {highest:g}; {hint}")
 
 
 def check_positive(name: str, value: float) -> float:

@@ -17,11 +17,13 @@ def check_counts(counts: Sequence[int]) -> list[int]:
     """Return the train samples of each class, every one of which must be positive.
 
     Raises:
-        LabelError: If there are fewer than two classes, or one has no sample.
+        LabelError: If there are fewer than two classes, a count is not a whole number, or a class has no sample.
     """
+    if len(counts) < 2 or any(count % 1 != 0 for count in counts):  # NaN, too, has no remainder of 0
+        raise LabelError(
+            f"class_counts must hold the whole number of train samples of at least two classes, got {counts!r}"
+        )
     found = [int(count) for count in counts]
-    if len(found) < 2:
-        raise LabelError(f"class_counts must hold the train samples of at least two classes, got {counts!r}")
     for label, count in enumerate(found):
         if count <= 0:
             raise LabelError(

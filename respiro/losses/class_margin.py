@@ -31,6 +31,7 @@ def ldam_loss(
         >>> ldam_loss(cosines, torch.tensor([0, 1]), class_counts=[160, 10], scale=10.0)
         tensor(2.5428)
     """
+    check_not_negative("max_margin", max_margin)
 
     def move(own: Tensor) -> Moved:
         counts = counts_for(cosines, class_counts)
@@ -61,6 +62,7 @@ def dual_factor_angular_margin_loss(
         >>> dual_factor_angular_margin_loss(cosines, torch.tensor([0]), torch.tensor([0.5]), counts).item()
         0.1030...
     """
+    _check_factors(kappa, gamma, target_margin)
     _check_quality(quality, labels)
 
     def move(own: Tensor) -> Moved:
@@ -163,11 +165,8 @@ class DualFactorAngularMarginLoss(ClassCounted):
         scale: float = 15.0,
     ) -> None:
         super().__init__(class_counts)
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma must be in [0, 1], got {gamma!r}")
-        self.kappa = check_angle("kappa", kappa)
-        self.gamma = float(gamma)
-        self.target_margin = check_angle("target_margin", target_margin)
+        _check_factors(kappa, gamma, target_margin)
+        self.kappa, self.gamma, self.target_margin = float(kappa), float(gamma), float(target_margin)
         self.scale = check_positive("scale", scale)
         if class_counts is not None:
             self._check_largest(class_counts)
@@ -207,7 +206,16 @@ class DualFactorAngularMarginLoss(ClassCounted):
         return dual_factor_angular_margin_loss(cosines, labels, quality, self.known_counts(), *factors, self.scale)
 
 
+def _check_factors(kappa: float, gamma: float, target_margin: float) -> None:
+    check_angle("kappa", kappa)
+    check_angle("target_margin", target_margin)
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must be in [0, 1], got {gamma!r}")
+
+
 def _check_quality(quality: Tensor, labels: Tensor) -> None:
+    if not isinstance(quality, Tensor):
+        raise TypeError(f"quality must be a tensor of one value for each label, got {type(quality).__name__}")
     if quality.shape != labels.shape or not quality.is_floating_point():
         raise ValueError(
             f"quality must be floating point of shape {tuple(labels.shape)}, one for each label, got {quality.dtype} "

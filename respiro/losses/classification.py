@@ -97,9 +97,11 @@ def check_labels(labels: Tensor, scores: Tensor, name: str) -> None:
     anyway.
 
     Raises:
-        ValueError: If a shape does not fit.
+        ValueError: If a shape does not fit, or the labels are not int64.
         LabelError: If a label is neither a class nor -1.
     """
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}; labels.long() makes them so")
     if scores.ndim != 2 or labels.shape != scores.shape[:1]:
         raise ValueError(
             f"{name} must have shape (B, C) and labels (B,), got {tuple(scores.shape)} and {tuple(labels.shape)}"

@@ -16,6 +16,7 @@ from torch import Tensor
 from respiro.component import Loss
 from respiro.errors import check_choice
 from respiro.losses._angles import Moved, check_angle, check_not_negative, check_positive, turned, with_margin
+from respiro.losses.classification import IGNORED
 
 __all__ = ["AdaFaceLoss", "ArcFaceLoss", "CosFaceLoss", "ada_face_loss", "arc_face_loss", "cos_face_loss"]
 
@@ -32,6 +33,8 @@ def arc_face_loss(
         >>> arc_face_loss(cosines, torch.tensor([0, 1]), scale=10.0, margin=0.2)
         tensor(1.3774)
     """
+    check_angle("margin", margin)
+    check_choice("beyond", beyond, get_args(Beyond))
 
     def move(own: Tensor) -> Moved:
         cosine, slope = turned(own, margin, edge=1e-4 if beyond == "clip" else None)
@@ -52,6 +55,7 @@ def cos_face_loss(cosines: Tensor, labels: Tensor, scale: float = 64.0, margin: 
         >>> cos_face_loss(cosines, torch.tensor([0, 1]), scale=10.0, margin=0.2)
         tensor(1.4048)
     """
+    check_not_negative("margin", margin)
     return with_margin(cosines, labels, scale, lambda own: (own - margin, None))
 
 
@@ -67,6 +71,7 @@ def ada_face_loss(
         >>> ada_face_loss(cosines, torch.tensor([0, 1]), strength=torch.tensor([1.0, -1.0]), scale=10.0, margin=0.2)
         tensor(1.4008)
     """
+    check_angle("margin", margin)
     if strength.shape != labels.shape:
         raise ValueError(f"strength must have the shape of labels, {tuple(labels.shape)}, got {tuple(strength.shape)}")
 
@@ -85,7 +90,8 @@ class ArcFaceLoss(Loss):
         scale: Factor on all cosines; positive.
         margin: Radians, in [0, pi).
         beyond: What becomes of angles that the margin takes past pi, where the cosine would rise again:
-            ``"fallback"`` takes ``cos(theta) - margin * sin(margin)``, ``"clip"`` stays at pi, ``"none"`` lets it rise.
+            ``"fallback"`` takes ``cos(theta) - margin * sin(margin)``, which is no rise for margins up to 2.33,
+            ``"clip"`` stays at pi, ``"none"`` lets it rise.
 
     Shape:
         cosines ``(B, C)`` in [-1, 1], labels ``(B,)`` int64, -1 = ignored; returns a scalar.
@@ -154,8 +160,9 @@ class AdaFaceLoss(Loss):
     ``scale * (cos(theta - margin * s) - (margin + margin * s))`` for the true class, where
     ``s = clip(h * (norm - mean) / (std + eps), -1, 1)``: an additive angular margin for the smallest norms, an additive
     cosine margin for the largest. Mean and standard deviation of the norms (clipped to [0.001, 100], without gradient)
-    are moving averages over the train batches, of each process by itself; in eval mode they stand still. A batch of one
-    sample has no deviation and keeps that of before.
+    are moving averages over the train batches, without ignored samples and norms that are not finite; in eval mode, and
+    by a batch that has fewer than two others, they are not moved. Among several processes each moves them by its own
+    batches, from those of process 0, which DistributedDataParallel hands out before every step.
 
     Args:
         scale: Factor on all cosines; positive.
@@ -205,14 +212,20 @@ class AdaFaceLoss(Loss):
         """Return the mean loss of the batch, a scalar."""
         if norms.shape != labels.shape:
             raise ValueError(f"norms must have the shape of labels, {tuple(labels.shape)}, got {tuple(norms.shape)}")
-        return ada_face_loss(cosines, labels, self._strength(norms.detach()), self.scale, self.margin, self.eps)
+        return ada_face_loss(cosines, labels, self._strength(norms.detach(), labels), self.scale, self.margin, self.eps)
 
-    def _strength(self, norms: Tensor) -> Tensor:
-        norms = norms.to(torch.promote_types(norms.dtype, torch.float32)).clamp(0.001, 100)
+    def _strength(self, norms: Tensor, labels: Tensor) -> Tensor:
+        norms = norms.to(torch.promote_types(norms.dtype, torch.float32))
+        counts = (labels != IGNORED) & norms.isfinite()
+        norms = norms.clamp(0.001, 100)
         mean, std = self.mean.to(norms), self.std.to(norms)
-        if self.training and len(norms) > 1:
-            batch_std, batch_mean = torch.std_mean(norms)
-            mean, std = torch.lerp(mean, batch_mean, self.momentum), torch.lerp(std, batch_std, self.momentum)
+        if self.training:
+            # Sums, as picking the samples out would wait for a GPU.
+            number = counts.sum()
+            batch_mean = norms.where(counts, 0.0).sum() / number
+            batch_std = ((norms - batch_mean).where(counts, 0.0).square().sum() / (number - 1)).sqrt()
+            mean = torch.lerp(mean, batch_mean, self.momentum).where(number > 1, mean)
+            std = torch.lerp(std, batch_std, self.momentum).where(number > 1, std)
             self.mean.copy_(mean)
             self.std.copy_(std)
         return (self.h * (norms - mean) / (std + self.eps)).clamp(-1, 1)

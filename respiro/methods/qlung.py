@@ -13,7 +13,7 @@ from respiro.component import Backbone, Component, Loss, Transform, build, descr
 from respiro.losses import CrossEntropy, DualFactorAngularMarginLoss
 from respiro.methods._optim import Optimizer, Schedule
 from respiro.methods.classifier import SoundClassifier
-from respiro.models import CosineHead
+from respiro.models import CosineHead, LinearHead
 from respiro.transforms import AudioQuality
 
 __all__ = ["QLung"]
@@ -44,15 +44,16 @@ class QLung(SoundClassifier):
             default :class:`respiro.losses.DualFactorAngularMarginLoss`.
         quality: Default :class:`respiro.transforms.AudioQuality` at the sampling rate of the features. Not used where
             the margin does not ask for quality.
-        ce_weight: Of *loss*; not negative.
-        margin_weight: Of *margin*; not negative.
+        ce_weight: Of *loss*; not negative, and positive where the margin alone would leave a part of *head* untrained:
+            with :class:`respiro.models.LinearHead`, or without *share_weights*.
+        margin_weight: Of *margin*; not negative, and positive without *share_weights*.
         share_weights: Whether the margin is on the angles to the weights of *head*; else a
             :class:`respiro.models.CosineHead` of its own is trained beside it.
         recompute: Compute the quality of the clips of each batch, as they are augmented, cut and faded, instead of
             taking that of the raw cycles; default if there is a *waveform_augment*, which changes it.
 
     Raises:
-        ValueError: If a weight is negative or both are 0.
+        ValueError: If a weight is negative, both are 0, or one is that must not be.
         TypeError: If the margin asks for something else, or the head has no cosines to share.
 
     Source:
@@ -115,6 +116,15 @@ class QLung(SoundClassifier):
         self.margin = build(DualFactorAngularMarginLoss() if margin is None else margin, Loss, "margin")
         self.margin_inputs = _inputs(self.margin)
         self.quality = build(self._default_quality() if quality is None else quality, Transform, "quality")
+        if not share_weights and not (ce_weight and margin_weight):
+            raise ValueError(
+                f"with share_weights=False both losses are needed, as each trains a head of its own; got ce_weight "
+                f"{ce_weight!r} and margin_weight {margin_weight!r}"
+            )
+        if isinstance(self.head, LinearHead) and not ce_weight:
+            raise ValueError(
+                "with ce_weight=0 nothing trains the bias of LinearHead, nor the lengths of its weights; use CosineHead"
+            )
         self.margin_head = None if share_weights else CosineHead(self.backbone.num_features, len(self.classes))
         if share_weights and not hasattr(self.head, "logits_and_cosines"):
             raise TypeError(

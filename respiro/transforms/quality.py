@@ -115,8 +115,8 @@ class AudioQuality(Transform):
         self.silence = silence
         self.win_length, self.hop_length = _framing(window, hop, sample_rate)
         self.n_fft = max(_SHORTEST_FFT, 1 << (self.win_length - 1).bit_length()) if n_fft is None else n_fft
-        if self.n_fft < self.win_length:
-            raise ValueError(f"n_fft must hold the window of {self.win_length} samples, got {n_fft!r}")
+        if not isinstance(self.n_fft, int) or self.n_fft < self.win_length:
+            raise ValueError(f"n_fft must be a whole number, at least the window's {self.win_length}, got {n_fft!r}")
         self._bins = _bins_of(band, self.n_fft, sample_rate)
         before = (self.n_fft - self.win_length) // 2
         hann = torch.hann_window(self.win_length, dtype=torch.float64)
@@ -247,8 +247,10 @@ def _is_pair(value: object) -> bool:
 def _framing(window: float, hop: float, sample_rate: int) -> tuple[int, int]:
     """Return window and hop in samples."""
     check_positive(window=window, hop=hop)
-    if not (math.isfinite(window) and math.isfinite(hop)):
-        raise ValueError(f"window and hop must be finite numbers of seconds, got {window!r} and {hop!r}")
+    if not all(map(math.isfinite, (window, hop, sample_rate))):
+        raise ValueError(
+            f"window, hop and sample_rate must be finite, got {window!r} and {hop!r} seconds and {sample_rate!r} Hz"
+        )
     samples = round(window * sample_rate), round(hop * sample_rate)
     if samples[0] < 2 or samples[1] < 1:
         raise ValueError(

@@ -333,10 +333,12 @@ def test_a_cast_changes_no_count_and_a_move_takes_them_along(kind: Any) -> None:
     [
         ([5, 0, 1, 2], "class 1 has 0 train samples, so it has no prior; leave the class out"),
         ([5, -1, 1, 2], "class 1 has -1 train samples"),
-        ([5], r"class_counts must hold the train samples of at least two classes, got \[5\]"),
+        ([5], r"class_counts must hold the whole number of train samples of at least two classes, got \[5\]"),
         ([], r"at least two classes, got \[\]"),
+        ([5, 1.5, 1, 2], r"whole number .*, got \[5, 1.5, 1, 2\]"),
+        ([5, float("nan"), 1, 2], r"whole number .*, got \[5, nan, 1, 2\]"),
     ],
-    ids=["zero", "negative", "one", "none"],
+    ids=["zero", "negative", "one", "none", "fraction", "nan"],
 )
 def test_counts_without_meaning(kind: Any, counts: list[int], message: str) -> None:
     with pytest.raises(LabelError, match=message):
@@ -370,6 +372,9 @@ def test_counts_of_another_number_of_classes(kind: Any, counts: list[int]) -> No
 def test_arguments_without_meaning(kind: Any, arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(ICBHI, **arguments)
+    function = ldam_loss if kind is LDAMLoss else dual_factor_angular_margin_loss
+    with pytest.raises(ValueError, match=message):
+        function(*given(kind), ICBHI, **arguments)
 
 
 def test_a_prior_so_extreme_that_the_margin_passes_pi() -> None:
@@ -402,6 +407,11 @@ def test_quality_that_does_not_fit(quality: Tensor, message: str) -> None:
         loss(cosines(2), y, quality)
     with pytest.raises(ValueError, match=message):
         loss.margin(y, quality)
+
+
+def test_no_quality() -> None:
+    with pytest.raises(TypeError, match="quality must be a tensor of one value for each label, got NoneType"):
+        DualFactorAngularMarginLoss(ICBHI)(cosines(2), torch.tensor([0, 1]), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("label", [-2, 4])

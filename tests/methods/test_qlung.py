@@ -340,9 +340,23 @@ class NoAngle(Component):
         ({"margin": CrossEntropy()}, TypeError, r"CrossEntropy takes \(logits, labels\) and cannot be the margin"),
         ({"loss": ArcFaceLoss()}, TypeError, r"ArcFaceLoss takes \(cosines, labels\) and cannot be the loss"),
         ({"head": NoAngle()}, TypeError, r"NoAngle has no logits_and_cosines\(embeddings\)"),
+        ({"ce_weight": 0, "share_weights": False}, ValueError, "both losses are needed, .*; got ce_weight 0"),
+        ({"margin_weight": 0, "share_weights": False}, ValueError, "both losses are needed"),
+        ({"ce_weight": 0, "head": LinearHead(512, 4)}, ValueError, "nothing trains the bias of LinearHead"),
         ({"head": CosineHead(512, 3)}, ValueError, "the head gives 3 logits for 4 classes"),
     ],
-    ids=["negative", "both 0", "nan", "on logits", "on cosines", "no cosines", "other classes"],
+    ids=[
+        "negative",
+        "both 0",
+        "nan",
+        "on logits",
+        "on cosines",
+        "no cosines",
+        "head",
+        "margin head",
+        "bias",
+        "other classes",
+    ],
 )
 def test_parts_that_do_not_fit(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
