@@ -34,6 +34,18 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["RESPIRO_CACHE"] = str(tmp_path_factory.mktemp("respiro_cache"))
 
 
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A folder for caches, not there yet."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def left_in(cache: Path) -> Callable[[], list[str]]:
+    """Tell what stores lie in the cache, whole or not."""
+    return lambda: [path.name for path in cache.glob("*/*") if path.suffix != ".lock"]
+
+
 @pytest.fixture(scope="session")
 def icbhi_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic ICBHI."""

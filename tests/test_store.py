@@ -1,33 +1,29 @@
+"""The waveform cache: content, views, key, and what goes wrong with recordings and segments."""
+
 from __future__ import annotations
 
 import errno
-import json
 import math
-import multiprocessing
-import operator
 import os
-import pickle
 import shutil
-import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-import torch
 
 from respiro import audio
 from respiro.errors import AnnotationError, AudioError, StoreError
-from respiro.store import Cycle, WaveformStore
+from respiro.store import WaveformStore
 
 SPANS = [(0.0, 0.8613), (0.8613, 2.0004), (2.0004, 9.0)]  # the last ends after the recording
+
+LeftIn = Callable[[], list[str]]
 
 
 def write_recording(path: Path, rate: int, seconds: float, seed: int = 0, channels: int = 1) -> Path:
@@ -49,16 +45,6 @@ def write_recordings(folder: Path) -> pd.DataFrame:
 @pytest.fixture
 def segments(tmp_path: Path) -> pd.DataFrame:
     return write_recordings(tmp_path / "recordings")
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-def left_in(cache: Path) -> list[str]:
-    """What lies in the cache, without the locks."""
-    return [path.name for path in (cache / "waveforms").glob("*") if path.suffix != ".lock"]
 
 
 def plain_cycle(path: Path, start: float, end: float, rate: int, resample: str, rounding: str) -> tuple[Any, int, int]:
@@ -164,24 +150,6 @@ def test_cycles_are_read_only_views_of_the_file(segments: pd.DataFrame, cache: P
         store[len(store)]
 
 
-def test_a_pickled_store_is_small_and_opens_in_a_spawned_process(segments: pd.DataFrame, cache: Path) -> None:
-    store = WaveformStore.open(segments, 16000, cache_dir=cache, progress=False)
-    assert len(pickle.dumps(store)) < 1000
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        cycle = Cycle(*pool.apply(operator.getitem, (store, 4)))
-    np.testing.assert_array_equal(cycle.samples, store[4].samples)
-    assert cycle[1:] == store[4][1:]
-
-
-def test_a_finished_store_is_opened_without_writing(segments: pd.DataFrame, cache: Path) -> None:
-    first = WaveformStore.open(segments, 16000, cache_dir=cache, progress=False)
-    (lock,) = cache.glob("waveforms/*.lock")
-    lock.unlink()
-    again = WaveformStore.open(segments, 16000, cache_dir=cache, progress=False)
-    assert again.folder == first.folder
-    assert not lock.exists()
-
-
 def test_the_cache_folder_is_the_argument_or_the_variable_or_the_users(
     segments: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,13 +214,17 @@ def _set(column: str, value: float) -> Callable[[pd.DataFrame], pd.DataFrame]:
     ids=["name", "size", "mtime", "start", "end", "order", "rows", "path", "sample-rate", "resample", "rounding"],
 )
 def test_whatever_shapes_the_content_makes_another_store(
-    segments: pd.DataFrame, cache: Path, change: Callable[[pd.DataFrame], pd.DataFrame], settings: dict[str, Any]
+    segments: pd.DataFrame,
+    cache: Path,
+    left_in: LeftIn,
+    change: Callable[[pd.DataFrame], pd.DataFrame],
+    settings: dict[str, Any],
 ) -> None:
     base: dict[str, Any] = {"sample_rate": 4000, "cache_dir": cache, "progress": False}
     before = WaveformStore.open(segments, **base)
     after = WaveformStore.open(change(segments), **(base | settings))
     assert after.folder != before.folder
-    assert sorted(left_in(cache)) == sorted([before.folder.name, after.folder.name])
+    assert sorted(left_in()) == sorted([before.folder.name, after.folder.name])
 
 
 def test_the_place_of_the_recordings_and_other_columns_do_not_matter(
@@ -264,175 +236,11 @@ def test_the_place_of_the_recordings_and_other_columns_do_not_matter(
     assert WaveformStore.open(elsewhere, 4000, cache_dir=cache, progress=False).folder == before.folder
 
 
-# --------------------------------------------------------------------------------------------- builders, side by side
-
-BUILD = """
-import sys, pandas as pd
-from respiro.store import Cycle, WaveformStore
-print("ready", flush=True)
-sys.stdin.readline()
-store = WaveformStore.open(pd.read_pickle(sys.argv[1]), 16000, cache_dir=sys.argv[2])
-store.verify()
-print((store.folder / "samples.f32").stat().st_ino)
-"""
-
-
-def start_builder(segments: pd.DataFrame, cache: Path) -> subprocess.Popen[str]:
-    table = cache.parent / "segments.pickle"
-    segments.to_pickle(table)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", BUILD, str(table), str(cache)], text=True, **pipes)  # type: ignore[call-overload, no-any-return]
-
-
-def many_recordings(folder: Path, count: int) -> pd.DataFrame:
-    """Enough work to be in the middle of: *count* names of one recording of 20 s."""
-    folder.mkdir()
-    first = write_recording(folder / "0.wav", 44100, 20.0)
-    for number in range(1, count):
-        os.link(first, folder / f"{number}.wav")
-    return pd.DataFrame({"path": [folder / f"{n}.wav" for n in range(count)], "start": 0.5, "end": 4.0})
-
-
-def test_two_builders_at_once_build_once(tmp_path: Path, cache: Path) -> None:
-    segments = many_recordings(tmp_path / "many", 40)
-    builders = [start_builder(segments, cache) for _ in range(2)]
-    for builder in builders:
-        assert builder.stdout is not None
-        assert builder.stdout.readline() == "ready\n"
-    for builder in builders:
-        assert builder.stdin is not None
-        builder.stdin.write("\n")
-        builder.stdin.flush()
-    ends = [builder.communicate(timeout=60) for builder in builders]
-    assert [builder.returncode for builder in builders] == [0, 0]
-    assert ends[0][0] == ends[1][0]  # the same file
-    assert sorted("preparing 40 cycles: 100%" in errors for _, errors in ends) == [False, True]
-    assert len(left_in(cache)) == 1
-
-
-def test_a_killed_builder_leaves_nothing_that_matters(tmp_path: Path, cache: Path) -> None:
-    segments = many_recordings(tmp_path / "many", 100)
-    with start_builder(segments, cache) as builder:
-        assert builder.stdin is not None
-        builder.stdin.write("\n")
-        builder.stdin.flush()
-        deadline = time.monotonic() + 60
-        while not list(cache.glob("waveforms/*.partial/samples.f32")):
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        builder.kill()
-    (partial,) = left_in(cache)
-    assert partial.endswith(".partial")
-    store = WaveformStore.open(segments, 16000, cache_dir=cache, progress=False)
-    store.verify()
-    assert left_in(cache) == [partial.removesuffix(".partial")] == [store.folder.name]
-    np.testing.assert_array_equal(store[0].samples, store[99].samples)
-
-
-def test_the_build_gives_torch_its_threads_back(segments: pd.DataFrame, cache: Path) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        WaveformStore.open(segments, 16000, cache_dir=cache, progress=False)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-
-
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
-def _write(name: str, content: bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def _flip(name: str, position: int) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        content = bytearray((folder / name).read_bytes())
-        content[position] ^= 1
-        (folder / name).write_bytes(content)
-
-    return change
-
-
-def _cut(name: str, by: int) -> Callable[[Path], None]:
-    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - by)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder: (folder / "meta.json").unlink(), r"meta\.json is missing"),
-        (lambda folder: (folder / "index.npy").unlink(), r"index\.npy is missing"),
-        (lambda folder: (folder / "samples.f32").unlink(), r"samples\.f32 is missing"),
-        (_cut("samples.f32", 4), r"samples\.f32 has \d+ samples instead of \d+"),
-        (_cut("samples.f32", 3), ""),
-        (_cut("samples.f32", -4), r"samples\.f32 has \d+ samples instead of \d+"),
-        (_write("samples.f32", b""), ""),
-        (_cut("index.npy", 5), ""),
-        (_write("index.npy", b""), ""),
-        (_flip("index.npy", -1), r"index\.npy does not match its checksum"),
-        (_write("meta.json", b"{"), ""),
-        (_write("meta.json", b"\xff\xfe"), ""),
-        (_write("meta.json", b"[]"), "it has format None, this version of respiro reads 1"),
-        (_write("meta.json", json.dumps({"format": 99}).encode()), "it has format 99, this version of respiro reads 1"),
-    ],
-    ids=[
-        *("no-meta", "no-index", "no-samples", "samples-short", "samples-ragged", "samples-long", "samples-empty"),
-        *("index-short", "index-empty", "index-changed", "meta-broken", "meta-binary", "meta-list", "other-format"),
-    ],
-)
-def test_a_damaged_store_says_what_to_do(
-    segments: pd.DataFrame, cache: Path, damage: Callable[[Path], object], message: str
-) -> None:
-    folder = WaveformStore.open(segments, 4000, cache_dir=cache, progress=False).folder
-    damage(folder)
-    with pytest.raises(StoreError, match=rf"{folder} cannot be used: {message}.*\. Delete that folder; it is rebuilt"):
-        WaveformStore.open(segments, 4000, cache_dir=cache, progress=False)
-    shutil.rmtree(folder)
-    WaveformStore.open(segments, 4000, cache_dir=cache, progress=False).verify()
-
-
-@pytest.mark.parametrize(("row", "position"), [(0, 0), (8, -1)], ids=["first-byte", "last-byte"])
-def test_verify_finds_one_changed_byte(segments: pd.DataFrame, cache: Path, row: int, position: int) -> None:
-    folder = WaveformStore.open(segments, 4000, cache_dir=cache, progress=False).folder
-    _flip("samples.f32", position)(folder)
-    with pytest.raises(StoreError, match=f"cycle {row} does not match its checksum. Delete that folder"):
-        WaveformStore(folder).verify()
-
-
-def test_a_cache_that_cannot_be_written_names_the_way_out(segments: pd.DataFrame, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    message = rf"the waveform cache cannot be written to {tmp_path}/file/waveforms: .*RESPIRO_CACHE"
-    with pytest.raises(StoreError, match=message):
-        WaveformStore.open(segments, 4000, cache_dir=tmp_path / "file", progress=False)
-
-
-def test_a_disk_without_room_is_found_before_the_work(
-    segments: pd.DataFrame, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1234))
-    with pytest.raises(StoreError, match=r"needs \d+,\d{3} bytes, 1,234 are free\. Make room.*RESPIRO_CACHE"):
-        WaveformStore.open(segments, 4000, cache_dir=cache, progress=False)
-    assert left_in(cache) == []
-
-
-def test_a_file_that_cannot_grow_leaves_nothing(segments: pd.DataFrame, cache: Path) -> None:
-    resource = pytest.importorskip("resource", reason="this system has no file size limits")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(
-            StoreError, match=r"needs [\d,]+ bytes, [\d,]+ are free, and writing failed: .*RESPIRO_CACHE"
-        ):
-            WaveformStore.open(segments, 4000, cache_dir=cache, progress=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert left_in(cache) == []
-
-
-def test_a_disk_that_fills_up_leaves_nothing(
-    segments: pd.DataFrame, cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_without_room_for_a_cycle_leaves_nothing(
+    segments: pd.DataFrame, cache: Path, left_in: LeftIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real_open = Path.open
 
@@ -444,13 +252,13 @@ def test_a_disk_that_fills_up_leaves_nothing(
     monkeypatch.setattr(Path, "open", open_on_full_disk)
     with pytest.raises(StoreError, match=r"writing failed: .*No space left on device.*RESPIRO_CACHE"):
         WaveformStore.open(segments, 4000, cache_dir=cache, progress=False)
-    assert left_in(cache) == []
+    assert left_in() == []
     monkeypatch.undo()
     WaveformStore.open(segments, 4000, cache_dir=cache, progress=False).verify()
 
 
 @pytest.mark.parametrize("broken", ["missing", "truncated"])
-def test_a_bad_recording_stops_the_build(segments: pd.DataFrame, cache: Path, broken: str) -> None:
+def test_a_bad_recording_stops_the_build(segments: pd.DataFrame, cache: Path, left_in: LeftIn, broken: str) -> None:
     path = segments["path"][1]
     if broken == "missing":
         path.unlink()
@@ -458,7 +266,7 @@ def test_a_bad_recording_stops_the_build(segments: pd.DataFrame, cache: Path, br
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(AudioError, match=r"b\.flac: (cannot be opened|is (damaged or )?truncated)"):
         WaveformStore.open(segments, 16000, cache_dir=cache, progress=False)
-    assert left_in(cache) == []
+    assert left_in() == []
 
 
 @pytest.mark.parametrize(

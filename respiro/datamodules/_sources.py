@@ -12,7 +12,7 @@ from respiro.datamodules.icbhi import ICBHIDataModule
 from respiro.datamodules.sprsound import SPRSoundDataModule
 from respiro.errors import check_choice
 
-__all__ = ["CLASSES", "LABEL_MAPS", "Source", "check_common", "describe_source"]
+__all__ = ["CLASSES", "LABEL_MAPS", "Source", "check_common", "describe_source", "source_of"]
 
 #: What becomes of rhonchi and stridor, which ICBHI does not annotate, under each label map; for the record.
 LABEL_MAPS = {
@@ -60,36 +60,44 @@ _KINDS = (
 )
 
 
-def describe_source(source: Any, where: str) -> dict[str, Any]:
-    """Return a source as plain data: its class and the arguments that say which data.
+def source_of(given: Any, where: str) -> RespiratoryDataModule:
+    """Return a source: one of our datamodules, as it is or built of its class and arguments as plain data.
 
     Args:
-        source: One of our datamodules, or what this function returned for one.
+        given: The one or the other.
         where: What messages call it.
 
     Raises:
-        ValueError: If it is anything else, or its protocol is not one of the official ones.
+        ValueError: If it is anything else.
     """
-    kind = _kind(source, where)
-    module = kind.module(**source.get("init_args", {})) if isinstance(source, Mapping) else source
+    kind = _kind(given, where)
+    module: RespiratoryDataModule = kind.module(**given.get("init_args", {})) if isinstance(given, Mapping) else given
+    return module
+
+
+def describe_source(module: RespiratoryDataModule, where: str) -> dict[str, Any]:
+    """Return a source as plain data: its class and the arguments that say which data.
+
+    Raises:
+        ValueError: If its protocol is not one of the official ones.
+    """
+    kind = _kind(module, where)
     check_choice(f"{where}: protocol", module.split_protocol, ("official", "official-clean"))
     return {"class_path": _class_path(kind), "init_args": {name: module.hparams[name] for name in kind.own}}
 
 
-def check_common(source: Any, where: str, label_map: str, common: Mapping[str, Any]) -> None:
+def check_common(module: RespiratoryDataModule, where: str, label_map: str, common: Mapping[str, Any]) -> None:
     """Raise a ``ValueError`` if a source says something of its own about what is common to all.
 
     Args:
-        source: As for :func:`describe_source`.
+        module: The source.
         where: What messages call it.
         label_map: Name of the label map.
         common: Every other argument that is common.
     """
-    kind = _kind(source, where)
-    if isinstance(source, Mapping):
-        return  # its own arguments alone are written down
+    kind = _kind(module, where)
     for name, parameter in inspect.signature(kind.module).parameters.items():
-        value = source.hparams[name]
+        value = module.hparams[name]
         wanted = kind.labels[label_map].get(name, parameter.default) if name in _LABELS else common.get(name)
         if name in kind.own or value in (parameter.default, wanted):
             continue

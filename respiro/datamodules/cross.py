@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from respiro.audio import Pad
 from respiro.datamodules._cross_audit import FEWEST, CrossAudit, audit_sides, unmeasured
-from respiro.datamodules._sources import CLASSES, LABEL_MAPS, Source, check_common, describe_source
+from respiro.datamodules._sources import CLASSES, LABEL_MAPS, Source, check_common, describe_source, source_of
 from respiro.datamodules.base import RespiratoryDataModule, SelectOn
 from respiro.datasets import RespiratoryDataset
 from respiro.datasets._joined import JoinedDataset, Side
@@ -108,7 +108,8 @@ class CrossDatasetDataModule(RespiratoryDataModule):
     ) -> None:
         check_choice("label_map", label_map, LABEL_MAPS)
         tests = list(test) if isinstance(test, list | tuple) else [test]
-        sources = {"train": train} | {f"test[{number}]": source for number, source in enumerate(tests)}
+        given = {"train": train} | {f"test[{number}]": source for number, source in enumerate(tests)}
+        sources = {where: source_of(source, where) for where, source in given.items()}
         specs = {where: describe_source(source, where) for where, source in sources.items()}
         common: dict[str, Any] = {
             "batch_size": batch_size,

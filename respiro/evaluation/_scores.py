@@ -108,6 +108,7 @@ def set_scores(
     classes: Sequence[str],
     whole: Mapping[str, Interval],
     unmeasured: Mapping[str, Sequence[str]],
+    shared: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Return size, rates, scores, interval and floors of each test set if there are several, and of all together.
 
@@ -117,6 +118,7 @@ def set_scores(
         classes: Class names in the order of their labels.
         whole: The :func:`intervals` of all predictions.
         unmeasured: Classes of a set that its ``macro_f1`` leaves out. What a single set leaves out, all leave out.
+        shared: Patients without whom there is a ``score_disjoint``, if any are given.
     """
     sets = list(_parts(predictions, "split")) if "split" in predictions else []
     found = [(name, part, intervals(part, scoring, classes)) for name, part in sets if len(sets) > 1]
@@ -125,6 +127,9 @@ def set_scores(
     for name, part, values in [*found, ("all", predictions, whole)]:
         row = {"set": name} | _size(part) | {rate: values[rate].value for rate in _SHOWN[scoring]}
         row |= {"score_low": values["score"].low, "score_high": values["score"].high}
+        if shared:
+            rest = part[~part["patient"].astype(str).isin(list(shared))]
+            row |= {"score_disjoint": overall_scores(confusion(rest, len(classes)), scoring, classes)["score"]}
         row |= {"floor": floor_scores(part, scoring, classes)["score"]}
         row |= {rate: values[rate].value for rate in ("two_class_score",) if rate in values}
         few = left_out.get(name, ())

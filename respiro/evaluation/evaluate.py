@@ -105,6 +105,7 @@ class Evaluation:
             predictions["label"] == predictions["prediction"],
         )
         intervals = _scores.intervals(predictions, scoring, classes)
+        shared = _shared(predictions, protocol)
         groups = [name for name in _GROUPS if name in predictions]
         if "split" in predictions and predictions["split"].nunique() > 1:
             groups.append("split")
@@ -116,9 +117,9 @@ class Evaluation:
             intervals=intervals,
             per_class=_scores.class_scores(confmat, classes),
             by_group=_scores.group_scores(predictions, groups, scoring, classes),
-            by_set=_scores.set_scores(predictions, scoring, classes, intervals, protocol.get("unmeasured", {})),
+            by_set=_scores.set_scores(predictions, scoring, classes, intervals, protocol.get("unmeasured", {}), shared),
             floor=_scores.floor_scores(predictions, scoring, classes),
-            disjoint=_disjoint(predictions, classes, scoring, protocol),
+            disjoint=_disjoint(predictions, classes, scoring, shared),
             confusion=pd.DataFrame(confmat, pd.Index(classes, name="true"), pd.Index(classes, name="predicted")),
             calibration=bins,
             protocol=protocol,
@@ -256,16 +257,20 @@ def _stamped(protocol: Mapping[str, Any], predictions: pd.DataFrame) -> tuple[di
     return protocol, predictions.assign(stamps=";".join(_protocol.stamps(protocol)))
 
 
-def _disjoint(
-    predictions: pd.DataFrame, classes: tuple[str, ...], scoring: str, protocol: Mapping[str, Any]
-) -> dict[str, float] | None:
-    # The record names patients who are in train or validation, and in test.
+def _shared(predictions: pd.DataFrame, protocol: Mapping[str, Any]) -> list[str]:
+    """Return the patients of the predictions whom the record names to be in train or validation too."""
     if protocol.get("split") != "test" or not _protocol.saw_dataset(protocol):
+        return []
+    tested = set(predictions["patient"].astype(str))
+    return [patient for patient in map(str, protocol.get("shared_patients", [])) if patient in tested]
+
+
+def _disjoint(
+    predictions: pd.DataFrame, classes: tuple[str, ...], scoring: str, shared: Sequence[str]
+) -> dict[str, float] | None:
+    if not shared:
         return None
-    shared = [str(patient) for patient in protocol.get("shared_patients", [])]
-    rest = predictions[~predictions["patient"].astype(str).isin(shared)]
-    if len(rest) == len(predictions):
-        return None
+    rest = predictions[~predictions["patient"].astype(str).isin(list(shared))]
     confmat = _scores.confusion(rest, len(classes))
     recall = _scores.class_scores(confmat, classes)["recall"]
     return _scores.overall_scores(confmat, scoring, classes) | {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from respiro.evaluation._protocol import seeds, selection, stamps
+from respiro.evaluation._protocol import saw_dataset, seeds, selection, stamps
 
 if TYPE_CHECKING:
     from respiro.evaluation.evaluate import Evaluation
@@ -31,7 +31,12 @@ _NAMES = {
     "accuracy": "accuracy",
     "ece": "calibration error (ECE)",
 }
-_FLOORS = {"floor": "all normal", "macro_f1_floor": "macro-F1 of all normal"}
+_OF_SETS = {
+    "score_disjoint": "disjoint Score",
+    "floor": "all normal",
+    "macro_f1_floor": "macro-F1 of all normal",
+}
+_TOGETHER = "all sets together"
 _SHORT = {
     "specificity": "Sp",
     "sensitivity": "Se",
@@ -47,10 +52,12 @@ def percent(value: float) -> str:
 
 
 def text(evaluation: Evaluation) -> str:
-    """Return the report: protocol, scores, classes, test sets, groups; percent with two decimals."""
+    """Return the report: protocol, test sets, scores, classes, groups; percent with two decimals."""
+    several, unmeasured = len(evaluation.by_set) > 1, evaluation.protocol.get("unmeasured")
+    names = _NAMES | ({"macro_f1": "macro-F1, every class"} if unmeasured else {})
     scores = pd.DataFrame(
         {
-            "": [_NAMES[name] for name in _in_order(evaluation.metrics)],
+            _TOGETHER if several else "": [names[name] for name in _in_order(evaluation.metrics)],
             "percent": [percent(evaluation.metrics[name]) for name in _in_order(evaluation.metrics)],
             "95 % interval": [_interval(evaluation.intervals.get(name)) for name in _in_order(evaluation.metrics)],
             "all normal": [percent(evaluation.floor.get(name, math.nan)) for name in _in_order(evaluation.metrics)],
@@ -59,13 +66,14 @@ def text(evaluation: Evaluation) -> str:
     if evaluation.disjoint is not None:
         disjoint = evaluation.disjoint
         scores["disjoint"] = [percent(disjoint.get(name, math.nan)) for name in _in_order(evaluation.metrics)]
-    parts = ["\n".join(_header(evaluation)), _layout(scores)]
+    parts = ["\n".join(_header(evaluation))]
+    if several or unmeasured:
+        parts.append(_layout(_sets(evaluation)))
+    parts.append(_layout(scores))
     classes = evaluation.per_class.copy()
     if evaluation.disjoint is not None:
         classes.insert(2, "disjoint recall", [evaluation.disjoint[f"recall_{name}"] for name in evaluation.classes])
     parts.append(_layout(_in_percent(classes)))
-    if len(evaluation.by_set) > 1 or evaluation.protocol.get("unmeasured"):
-        parts.append(_layout(_sets(evaluation.by_set)))
     groups = evaluation.by_group.query("group != 'split'")  # these are the sets
     if len(groups):
         groups = groups.assign(group=groups["group"].where(~groups["group"].duplicated(), ""))
@@ -73,12 +81,15 @@ def text(evaluation: Evaluation) -> str:
     return "\n\n".join(parts)
 
 
-def _sets(by_set: pd.DataFrame) -> pd.DataFrame:
+def _sets(evaluation: Evaluation) -> pd.DataFrame:
+    by_set = evaluation.by_set
+    if len(by_set) == 1:
+        by_set = by_set.assign(set=", ".join(evaluation.protocol["unmeasured"]))
     bounds = zip(by_set["score"], by_set["score_low"], by_set["score_high"], strict=True)
     columns = list(by_set.columns)
     first = _in_percent(by_set[columns[: columns.index("score_low")]]).rename(columns=_SHORT)
     first["95 % interval"] = [_interval(interval) for interval in bounds]
-    more = by_set[columns[columns.index("floor") :]].rename(columns=_NAMES | _FLOORS)
+    more = by_set[columns[columns.index("score_high") + 1 :]].rename(columns=_NAMES | _OF_SETS)
     return pd.concat([first, more.map(percent)], axis=1)
 
 
@@ -152,6 +163,11 @@ def _header(evaluation: Evaluation) -> list[str]:
     lines = [", ".join(map(str, title)), f"{selection(protocol)}, {seeds(protocol)}"]
     lines += [f"*** {stamp} *** {meaning}" for stamp, meaning in stamps(protocol).items()]
     lines += [f"note: {note}" for note in protocol.get("notes", [])]
+    if not saw_dataset(protocol):
+        lines.append(
+            "note: the model was trained on another data set; the train side that is named here, and patients who are "
+            "in it too, are not the model's"
+        )
     lines.append(f"{len(predictions)} cycles, {predictions['patient'].nunique()} patients; intervals over patients")
     if evaluation.disjoint is not None:
         rest = evaluation.disjoint
@@ -176,7 +192,7 @@ def _layout(table: pd.DataFrame) -> str:
     """Return aligned columns, text to the left and numbers to the right."""
     cells = [[str(name) for name in table.columns], *table.astype(str).to_numpy().tolist()]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    left = [name in ("", "class", "group", "value", "set") for name in table.columns]
+    left = [name in ("", _TOGETHER, "class", "group", "value", "set") for name in table.columns]
     lines = [
         "  ".join(
             cell.ljust(width) if to_left else cell.rjust(width)

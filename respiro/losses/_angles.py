@@ -12,7 +12,15 @@ from torch import Tensor
 
 from respiro.losses.classification import IGNORED, check_labels
 
-__all__ = ["Moved", "check_angle", "check_not_negative", "check_positive", "turned", "with_margin"]
+__all__ = [
+    "Moved",
+    "check_angle",
+    "check_cosine_margin",
+    "check_not_negative",
+    "check_positive",
+    "turned",
+    "with_margin",
+]
 
 #: The cosines that take the place of those of the true class ``(B,)``, and the derivative of each by the cosine it was;
 #: ``None`` where that is 1.
@@ -127,6 +135,13 @@ def check_not_negative(name: str, value: float) -> float:
     """Return a number that must be finite and at least 0."""
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+    return float(value)
+
+
+def check_cosine_margin(name: str, value: float) -> float:
+    """Return a margin on cosines, which are at most 2 apart: it must lie in [0, 2)."""
+    if not 0 <= value < 2:
+        raise ValueError(f"{name} is a difference of cosines and must lie in [0, 2), got {value!r}")
     return float(value)
 
 

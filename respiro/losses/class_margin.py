@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from respiro.losses._angles import Moved, check_angle, check_not_negative, check_positive, turned, with_margin
+from respiro.losses._angles import Moved, check_angle, check_cosine_margin, check_positive, turned, with_margin
 from respiro.losses._counts import ClassCounted, check_counts, counts_for, log_prior
 from respiro.losses.classification import check_labels
 
@@ -31,7 +31,7 @@ def ldam_loss(
         >>> ldam_loss(cosines, torch.tensor([0, 1]), class_counts=[160, 10], scale=10.0)
         tensor(2.5428)
     """
-    check_not_negative("max_margin", max_margin)
+    check_cosine_margin("max_margin", max_margin)
 
     def move(own: Tensor) -> Moved:
         counts = counts_for(cosines, class_counts)
@@ -86,7 +86,7 @@ class LDAMLoss(ClassCounted):
 
     Args:
         class_counts: Train samples of each class; by default the datamodule gives them before training.
-        max_margin: Margin of the rarest class; not negative.
+        max_margin: Margin of the rarest class, a difference of cosines, in [0, 2).
         scale: Factor on all cosines; positive.
 
     Shape:
@@ -111,7 +111,7 @@ class LDAMLoss(ClassCounted):
 
     def __init__(self, class_counts: Sequence[int] | None = None, max_margin: float = 0.5, scale: float = 30.0) -> None:
         super().__init__(class_counts)
-        self.max_margin = check_not_negative("max_margin", max_margin)
+        self.max_margin = check_cosine_margin("max_margin", max_margin)
         self.scale = check_positive("scale", scale)
 
     def forward(self, cosines: Tensor, labels: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ def _check_quality(quality: Tensor, labels: Tensor) -> None:
         return
     lowest, highest = (value.item() for value in quality.detach().aminmax())
     if not 0 <= lowest <= highest <= 1:
-        raise ValueError(
-            f"quality must lie in [0, 1], got {quality.tolist()}; NaN means that it was not computed: call "
-            f"add_quality(AudioQuality(...)) of the data set or the datamodule first"
-        )
+        hint = ""
+        if math.isnan(lowest):
+            hint = "; NaN means that it was not computed: call add_quality(AudioQuality(...)) of the data set first"
+        raise ValueError(f"quality must lie in [0, 1], got {lowest:g} to {highest:g}{hint}")

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from respiro.component import Loss
 from respiro.errors import check_choice
-from respiro.losses._angles import Moved, check_angle, check_not_negative, check_positive, turned, with_margin
+from respiro.losses._angles import (
+    Moved,
+    check_angle,
+    check_cosine_margin,
+    check_not_negative,
+    check_positive,
+    turned,
+    with_margin,
+)
 from respiro.losses.classification import IGNORED
 
 __all__ = ["AdaFaceLoss", "ArcFaceLoss", "CosFaceLoss", "ada_face_loss", "arc_face_loss", "cos_face_loss"]
@@ -55,7 +63,7 @@ def cos_face_loss(cosines: Tensor, labels: Tensor, scale: float = 64.0, margin: 
         >>> cos_face_loss(cosines, torch.tensor([0, 1]), scale=10.0, margin=0.2)
         tensor(1.4048)
     """
-    check_not_negative("margin", margin)
+    check_cosine_margin("margin", margin)
     return with_margin(cosines, labels, scale, lambda own: (own - margin, None))
 
 
@@ -126,7 +134,7 @@ class CosFaceLoss(Loss):
 
     Args:
         scale: Factor on all cosines; positive.
-        margin: Not negative.
+        margin: Difference of cosines, in [0, 2).
 
     Shape:
         cosines ``(B, C)`` in [-1, 1], labels ``(B,)`` int64, -1 = ignored; returns a scalar.
@@ -147,7 +155,7 @@ class CosFaceLoss(Loss):
     def __init__(self, scale: float = 64.0, margin: float = 0.35) -> None:
         super().__init__()
         self.scale = check_positive("scale", scale)
-        self.margin = check_not_negative("margin", margin)
+        self.margin = check_cosine_margin("margin", margin)
 
     def forward(self, cosines: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss of the batch, a scalar."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from respiro.component import Backbone, Component, Loss, Transform, build, describe
 from respiro.losses import CrossEntropy, DualFactorAngularMarginLoss
 from respiro.methods._optim import Optimizer, Schedule
+from respiro.methods._parts import check_data
 from respiro.methods.classifier import SoundClassifier
 from respiro.models import CosineHead, LinearHead
 from respiro.transforms import AudioQuality
@@ -156,6 +157,7 @@ class QLung(SoundClassifier):
     def setup(self, stage: str) -> None:
         """Let the datamodule compute the quality of every cycle, and give its class counts to the margin."""
         data: Any = getattr(self.trainer, "datamodule", None)
+        check_data(self, data)  # before the quality of thousands of cycles is computed
         if stage == "fit" and "quality" in self.margin_inputs and hasattr(data, "add_quality"):
             data.add_quality(self.quality)  # first, as the record of the training tells of it
         super().setup(stage)

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,16 +14,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from respiro.download import cache_folder
 from respiro.errors import StoreError
-from respiro.store._folder import FolderStore
+from respiro.store._folder import ComputedStore, Request
 
 __all__ = ["FeatureStore"]
 
 _BATCH = 32  # waveforms at a time, which bounds the memory of the build
 
 
-class FeatureStore(FolderStore):
+class FeatureStore(ComputedStore):
     """Features of every cycle on disk, float16, read through a memory map.
 
     Get one with :meth:`open`. Indexing gives the features of a cycle, ``(T, F)``, a read-only view of the file. A
@@ -45,7 +38,7 @@ class FeatureStore(FolderStore):
     what = "feature cache"
     format = 1  # to be raised, too, when a front end of the library computes something else than before
     array = ("features.f16", "<f2")
-    columns = np.dtype([("crc32", "<u4")])
+    place = "features"
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -87,114 +80,84 @@ class FeatureStore(FolderStore):
             ValueError: If the front end has a state or gives another shape, if *spec* does not tell how it and its
                 parts were built, or if there are no cycles.
         """
-        request = _Request(waveform, names, reading, features, spec)
-        request.check()
-        folder = cache_folder(cache_dir) / "features" / request.key()
-        found = folder.exists()
-        cls._ensure(folder, partial(cls._build, request, folder, progress))
-        store = cls(folder)
-        if found:
-            store._check_made_by(request)
-        return store
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self._values[row]  # type: ignore[no-any-return]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return iter(self._values)
+        if not len(names):
+            raise ValueError("there are no cycles to keep features of")
+        _check_told(features, spec)
+        return cls._open(Request(waveform, names, reading, features, spec), cache_dir, progress)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Cycles, frames and features of a frame: ``(N, T, F)``."""
         return self._values.shape
 
-    def _check_made_by(self, request: _Request) -> None:
-        """Raise a :class:`StoreError` if the front end makes something else now than what is kept."""
+    def _check_made_by(self, request: Request) -> None:
         rows = sorted({0, len(self) - 1})
         kept = np.stack([self[row] for row in rows]).astype("float32")
-        with _evaluating(request.features):
-            made = request.compute(rows).astype("float32")
+        with _evaluating(request.compute):
+            made = _computed(request, rows).astype("float32")
         # Devices round differently, by far less than this.
         if made.shape != kept.shape or np.abs(made - kept).mean() > 0.01 * np.abs(kept).mean() + 1e-6:
             raise self._damaged(
                 "it holds other features than the front end makes now, though its arguments are the same"
             )
 
-    def _stored(self, row: int) -> np.ndarray:
-        return self[row]
-
     @classmethod
-    def _build(cls, request: _Request, folder: Path, progress: bool) -> None:
+    def _build(cls, request: Request, folder: Path, progress: bool) -> None:
         count = len(request.names)
-        batches = [range(start, min(start + _BATCH, count)) for start in range(0, count, _BATCH)]
-        index = np.zeros(count, dtype=cls.columns)
         bar = tqdm(total=count, desc=f"computing features of {count} cycles", unit="cycle", disable=not progress)
-        with bar, _evaluating(request.features):
-            computed = map(request.compute, batches)  # each when its turn comes
-            first = next(computed)  # tells how large the file will be
+        with bar, _evaluating(request.compute):
+            batches = _batches(request, bar)
+            first = next(batches)  # tells how large the file will be
             shape = (count, *first.shape[1:])
             with cls._writing(folder, first.itemsize * math.prod(shape)) as unfinished:
-                with (unfinished / cls.array[0]).open("wb") as stream:
-                    for rows, values in zip(batches, chain([first], computed), strict=True):
-                        if values.shape[1:] != shape[1:]:
-                            raise ValueError(f"the front end gave {shape[1:]} features, then {values.shape[1:]}")
-                        index["crc32"][rows] = [zlib.crc32(row.data) for row in values]
-                        stream.write(values.data)
-                        bar.update(len(rows))
-                    stream.flush()
-                    os.fsync(stream.fileno())  # a power cut must not leave a store of the right size full of zeros
-                cls._save_index(unfinished, index, {"shape": shape, **request.reading, "spec": dict(request.spec)})
+                cls._write(unfinished, request, chain([first], batches), shape=shape)
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What a store is to hold, and how it is made."""
+def _batches(request: Request, bar: tqdm[Any]) -> Iterator[np.ndarray]:
+    """Compute the features of all cycles, ``(B, T, F)`` at a time, each batch when its turn comes."""
+    count = len(request.names)
+    shape = None
+    for start in range(0, count, _BATCH):
+        values = _computed(request, range(start, min(start + _BATCH, count)))
+        shape = shape or values.shape[1:]
+        if values.shape[1:] != shape:
+            raise ValueError(f"the front end gave {shape} features, then {values.shape[1:]}")
+        yield values
+        bar.update(len(values))
 
-    waveform: Callable[[int], np.ndarray]
-    names: Sequence[str]
-    reading: Mapping[str, Any]
-    features: Callable[[Tensor], Tensor]
-    spec: Mapping[str, Any]
 
-    def check(self) -> None:
-        if not len(self.names):
-            raise ValueError("there are no cycles to keep features of")
-        if (name := _untold(self.spec)) is not None:
-            raise ValueError(
-                f"features of {name!r} cannot be told from others, as its arguments are not known; make it a "
-                f"respiro.component.Transform, or leave the feature cache off"
-            )
-        if isinstance(self.features, nn.Module) and self.features.state_dict():
-            raise ValueError(
-                f"{type(self.features).__name__} has parameters or another state, which its arguments do not tell and "
-                f"training may change, so its features cannot be kept; leave the feature cache off"
-            )
+@torch.inference_mode()
+def _computed(request: Request, rows: Sequence[int]) -> np.ndarray:
+    """Return the features of some cycles as they are stored: ``(B, T, F)``."""
+    front_end = request.compute
+    buffers = front_end.buffers() if isinstance(front_end, nn.Module) else iter(())
+    device = next(buffers, torch.empty(0)).device
+    waveforms = torch.from_numpy(np.stack([request.samples(row) for row in rows])).to(device)
+    with torch.autocast(device.type, enabled=False):
+        values = front_end(waveforms)
+    if values.ndim != 3 or len(values) != len(rows):
+        shapes = f"{tuple(values.shape)} of waveforms {tuple(waveforms.shape)}"
+        raise ValueError(f"the front end must make features (B, T, F) of waveforms (B, S), it made {shapes}")
+    half = values.half().contiguous().cpu()
+    fits = half.isfinite().flatten(1).all(1)
+    if not fits.all():
+        bad = int(fits.int().argmin())
+        raise StoreError(f"{request.names[rows[bad]]}: {_unfit(values[bad])}. Or leave the feature cache off.")
+    return half.numpy()
 
-    def key(self) -> str:
-        """Return the name of the store."""
-        try:
-            text = json.dumps([FeatureStore.format, dict(self.reading), dict(self.spec)], sort_keys=True)
-        except TypeError as error:
-            raise ValueError(f"reading and spec must be plain data, to tell stores apart: {error}") from error
-        return hashlib.sha256(text.encode()).hexdigest()
 
-    @torch.inference_mode()
-    def compute(self, rows: Sequence[int]) -> np.ndarray:
-        """Return the features of some cycles as they are stored: ``(B, T, F)``."""
-        buffers = self.features.buffers() if isinstance(self.features, nn.Module) else iter(())
-        device = next(buffers, torch.empty(0)).device
-        waveforms = torch.from_numpy(np.stack([self.waveform(row) for row in rows])).to(device)
-        with torch.autocast(device.type, enabled=False):
-            values = self.features(waveforms)
-        if values.ndim != 3 or len(values) != len(rows):
-            shapes = f"{tuple(values.shape)} of waveforms {tuple(waveforms.shape)}"
-            raise ValueError(f"the front end must make features (B, T, F) of waveforms (B, S), it made {shapes}")
-        half = values.half().contiguous().cpu()
-        fits = half.isfinite().flatten(1).all(1)
-        if not fits.all():
-            bad = int(fits.int().argmin())
-            raise StoreError(f"{self.names[rows[bad]]}: {_unfit(values[bad])}. Or leave the feature cache off.")
-        return half.numpy()
+def _check_told(features: Callable[[Tensor], Tensor], spec: Mapping[str, Any]) -> None:
+    """Raise a :class:`ValueError` if *spec* does not tell all that shapes the features."""
+    if (name := _untold(spec)) is not None:
+        raise ValueError(
+            f"features of {name!r} cannot be told from others, as its arguments are not known; make it a "
+            f"respiro.component.Transform, or leave the feature cache off"
+        )
+    if isinstance(features, nn.Module) and features.state_dict():
+        raise ValueError(
+            f"{type(features).__name__} has parameters or another state, which its arguments do not tell and "
+            f"training may change, so its features cannot be kept; leave the feature cache off"
+        )
 
 
 def _untold(spec: Any) -> str | None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +14,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from respiro import audio
 from respiro.download import cache_folder
 from respiro.errors import AnnotationError, AudioError, check_choice
-from respiro.store._folder import FolderStore
+from respiro.store._folder import FolderStore, synced, thread_pool
 
 __all__ = ["Cycle", "WaveformStore"]
 
@@ -240,18 +237,11 @@ def _write_samples(plan: _Plan, file: Path, progress: bool) -> None:
     recording = plan.request.recording
     rows = np.split(np.argsort(recording, kind="stable"), np.cumsum(np.bincount(recording))[:-1])
     bar = tqdm(total=len(recording), desc=f"preparing {len(recording)} cycles", unit="cycle", disable=not progress)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # each of our threads would start as many of torch's
-    try:
-        with file.open("wb") as stream, bar, ThreadPoolExecutor(cores) as pool:
-            stream.truncate(plan.size)
-            writing = pool.map(plan.write_recording, range(len(rows)), rows, [file] * len(rows))
-            for written, _ in zip(rows, writing, strict=True):
-                bar.update(len(written))
-            os.fsync(stream.fileno())  # a power cut must not leave a store of the right size full of zeros
-    finally:
-        torch.set_num_threads(torch_threads)
+    with synced(file) as stream, bar, thread_pool() as pool:
+        stream.truncate(plan.size)
+        writing = pool.map(plan.write_recording, range(len(rows)), rows, [file] * len(rows))
+        for written, _ in zip(rows, writing, strict=True):
+            bar.update(len(written))
 
 
 def _check_arguments(segments: pd.DataFrame, sample_rate: int, resample: str, rounding: str) -> None:

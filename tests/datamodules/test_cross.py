@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from sklearn.metrics import confusion_matrix
 from torch.utils.data import DataLoader
 
 from respiro.cli import main
@@ -22,6 +23,7 @@ from respiro.datasets import ICBHI, SPRSound, write_synthetic_icbhi
 from respiro.datasets._joined import JoinedDataset, Side
 from respiro.errors import DatasetNotFoundError, LabelError
 from respiro.evaluation import evaluate
+from respiro.evaluation.statistics import icbhi_score
 from respiro.methods import SoundClassifier
 from respiro.methods._checkpoint import read_checkpoint
 from respiro.models import CNN6
@@ -199,11 +201,26 @@ def test_a_result_knows_which_data_sets_the_model_saw(leaky_root: Path, children
     # Trained across, tested at home: two patients are on both sides there.
     home = evaluate(trained(cross), module)
     assert home.disjoint is not None
+    assert "the model was trained on another data set" not in str(home)
     assert "OTHER SPLIT" not in str(home)
     # Trained at home, tested across.
     both = CrossDatasetDataModule(ICBHIDataModule(leaky_root), [ICBHIDataModule(leaky_root), children], duration=0.5)
-    assert evaluate(trained(module), both).disjoint is not None
-    assert evaluate(trained(module), cross).disjoint is None  # nobody is shared
+    mixed = evaluate(trained(module), both)
+    assert mixed.disjoint is not None
+    by_set = mixed.by_set.set_index("set")
+    shared = {str(patient) for patient in mixed.protocol["shared_patients"]}
+    rest = mixed.predictions[~mixed.predictions["patient"].isin(shared)]
+    for name, part in [*rest.groupby("split"), ("all", rest)]:
+        expected = icbhi_score(confusion_matrix(part["label"], part["prediction"], labels=range(4)))
+        assert by_set.loc[name, "score_disjoint"] == pytest.approx(expected), name
+    assert by_set.loc["all", "score_disjoint"] == mixed.disjoint["score"]
+    assert "disjoint Score" in str(mixed)
+    far = evaluate(trained(module), cross)
+    assert far.disjoint is None  # nobody is shared
+    assert "score_disjoint" not in far.by_set
+    # Trained at home, tested on the other data set by itself: its own train side is not the model's.
+    children_alone = SPRSoundDataModule(children.hparams["root"], partial=True, task="icbhi4", duration=0.5)
+    assert "the model was trained on another data set" in str(evaluate(trained(module), children_alone))
     # Trained on what another record only tests on: who was seen is not in that record.
     back = CrossDatasetDataModule(children, ICBHIDataModule(leaky_root), duration=0.5)
     assert "OTHER SPLIT" in str(evaluate(trained(module), back))
@@ -387,7 +404,12 @@ COMMON = [
 @pytest.mark.parametrize(("build", "argument", "value", "whole"), COMMON, ids=[f"{row[1]}" for row in COMMON])
 def test_what_is_common_is_said_once(build: Any, argument: str, value: Any, whole: str) -> None:
     source = build("anywhere", **{argument: value})
-    for where, sides in (("train", (source, ICBHIDataModule("x"))), ("test[0]", (SPRSoundDataModule("y"), source))):
+    plain = {"class_path": f"respiro.datamodules.{build.__name__}", "init_args": {"root": "x", argument: value}}
+    for where, sides in (
+        ("train", (source, ICBHIDataModule("x"))),
+        ("test[0]", (SPRSoundDataModule("y"), source)),
+        ("train", (plain, ICBHIDataModule("x"))),
+    ):
         with pytest.raises(
             ValueError,
             match=rf"^{where.replace('[', '.').replace(']', '.')}: {argument} .*got {argument}=.*give {whole} to",

@@ -111,6 +111,7 @@ def test_the_report_has_a_line_for_each_set(found: Evaluation) -> None:
     lines = str(found).splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("set "))
     heading = "set cycles patients Se Sp AS HS Score 95 % interval all normal macro-F1 macro-F1 of all normal"
+    assert next(line for line in lines[start:] if line.startswith("all sets together  "))  # these come after
     assert " ".join(lines[start].split()) == heading
     for line, row in zip(lines[start + 1 : start + 4], found.by_set.to_dict("records"), strict=True):
         shares = [f"{100 * row[name]:.2f}" for name in RATES]
@@ -168,7 +169,9 @@ def test_a_single_set_leaves_out_its_classes_and_is_shown(make: Make) -> None:
     part = found.predictions
     expected = f1_score(part["label"], part["prediction"], labels=[0, 1, 2], average="macro")
     assert row["macro_f1"] == pytest.approx(expected)
-    heading = next(line for line in str(found).splitlines() if line.startswith("set "))
+    heading, line = (line for line in str(found).splitlines() if line.startswith(("set ", "test ")))
+    assert line.split()[0] == "test"
+    assert "macro-F1, every class" in str(found)  # that of the scores, beside that of the set
     names = "set cycles patients Se Sp Score 95 % interval all normal two-class Score macro-F1 macro-F1 of all normal"
     assert " ".join(heading.split()) == names
 

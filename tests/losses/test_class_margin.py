@@ -360,7 +360,7 @@ def test_counts_of_another_number_of_classes(kind: Any, counts: list[int]) -> No
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        (LDAMLoss, {"max_margin": -0.5}, "max_margin must be finite and not negative, got -0.5"),
+        (LDAMLoss, {"max_margin": -0.5}, r"max_margin is a difference of cosines and must lie in \[0, 2\), got -0.5"),
         (LDAMLoss, {"scale": -1.0}, "scale must be positive and finite, got -1.0"),
         (DualFactorAngularMarginLoss, {"kappa": 28.6}, r"kappa must be in radians, .* \(28.6 degrees are 0.4992 rad"),
         (DualFactorAngularMarginLoss, {"target_margin": 11.5}, r"target_margin must be in radians, in \[0, pi\)"),
@@ -392,8 +392,8 @@ def test_a_prior_so_extreme_that_the_margin_passes_pi() -> None:
 @pytest.mark.parametrize(
     ("quality", "message"),
     [
-        (torch.tensor([0.5, float("nan")]), r"got \[0.5, nan\]; NaN means that it was not computed: call add_quality"),
-        (torch.tensor([0.5, 1.5]), r"quality must lie in \[0, 1\], got \[0.5, 1.5\]"),
+        (torch.tensor([0.5, float("nan")]), r"got nan to nan; NaN means that it was not computed: call add_quality"),
+        (torch.tensor([0.5, 1.5]), r"quality must lie in \[0, 1\], got 0.5 to 1.5$"),
         (torch.tensor([-0.5, 0.5]), r"quality must lie in \[0, 1\]"),
         (torch.tensor([[0.5], [0.5]]), r"floating point of shape \(2,\), one for each label, .* of shape \(2, 1\)"),
         (torch.tensor([0.5]), r"of shape \(1,\)"),

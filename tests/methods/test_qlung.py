@@ -387,6 +387,14 @@ def test_a_loop_of_ones_own_is_told_what_is_missing(
         step(small(margin=DualFactorAngularMarginLoss(counts)), batch)
 
 
+def test_what_does_not_fit_is_said_before_any_quality_is_computed(
+    data: ICBHIDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "add_quality", lambda *_: pytest.fail("computed"))
+    with pytest.raises(ValueError, match="the data set has 4000 Hz, the features expect 16000 Hz"):
+        Trainer(max_epochs=1, **SILENT).fit(QLung(CNN6(), features=KaldiFbank()), datamodule=data)
+
+
 def test_the_quality_of_another_sampling_rate_is_refused(data: ICBHIDataModule, tmp_path: Path) -> None:
     model = small(quality=AudioQuality(16000))
     with pytest.raises(ValueError, match="16000"):
