@@ -55,10 +55,11 @@ class Evaluation:
         by_set: What a table of a paper shows, one row for each test set where there are several (``inter``, ``intra``)
             and a last one, ``all``, for all together: ``set``, ``cycles``, ``patients``, the rates and scores of
             *by_group*, ``score_low`` and ``score_high`` (95 % interval of the score over the patients of that set),
-            ``score_disjoint`` where *disjoint* is given, ``floor``, its score if every cycle is called normal, for ICBHI with more than two classes
-            ``two_class_score`` (whose floor is the same), ``macro_f1`` and ``macro_f1_floor``. The last two are means
-            over the classes that have cycles and that ``protocol["unmeasured"]`` does not name for the set; cycles of
-            the others count where they are called one of these. With several sets, ``all`` leaves no class out.
+            ``score_disjoint`` where *disjoint* is given, ``floor``, its score if every cycle is called normal, for
+            ICBHI with more than two classes ``two_class_score`` (whose floor is the same), ``macro_f1`` and
+            ``macro_f1_floor``. The last two are means over the classes that have cycles and that
+            ``protocol["unmeasured"]`` does not name for the set; cycles of the others count where they are called one
+            of these. With several sets, ``all`` leaves no class out.
         floor: The metrics of calling every cycle normal.
         disjoint: The metrics without patients who are on the train side too, with ``recall_<class>``, ``cycles`` and
             ``patients``; ``None`` where there are no such patients, or the model was trained on other data sets only.

@@ -91,8 +91,10 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, cosines: Tensor, labels: Tensor, place: Tensor, moved: Tensor, slope: Tensor | None, scale: float
     ) -> Tensor:
-        log_p = cosines.scatter(1, place, moved[:, None]).mul_(scale).log_softmax(1)
         known = labels != IGNORED
+        moved = moved.where(known, 0.0)  # an ignored sample may have no margin, which is NaN, and NaN times 0 is none
+        slope = None if slope is None else slope.where(known, 0.0)
+        log_p = cosines.scatter(1, place, moved[:, None]).mul_(scale).log_softmax(1)
         count = known.sum().clamp_(min=1)
         ctx.save_for_backward(log_p, known, count, place, slope)
         ctx.scale = scale
@@ -108,9 +110,7 @@ class _CrossEntropy(torch.autograd.Function):
         if slope is not None:
             pull *= slope[:, None]
         pulls = log_p.exp().scatter_(1, place, pull)
-        # Filled, as an ignored sample may have no margin, which is NaN, and NaN times 0 is none.
-        pulls.mul_(grad * ctx.scale / count).masked_fill_(~known[:, None], 0.0)
-        return pulls, None, None, None, None, None
+        return pulls.mul_((grad * ctx.scale / count * known)[:, None]), None, None, None, None, None
 
 
 def _check_cosines(cosines: Tensor) -> None:

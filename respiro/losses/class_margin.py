@@ -36,7 +36,7 @@ def ldam_loss(
     def move(own: Tensor) -> Moved:
         counts = counts_for(cosines, class_counts)
         margins = max_margin * (counts.min() / counts) ** 0.25
-        return own - margins[labels], None  # a label of -1 takes the last, and is left out of the mean
+        return own - _of_labels(margins, labels), None
 
     return with_margin(cosines, labels, scale, move)
 
@@ -78,7 +78,12 @@ def _dual_margin(
 ) -> Tensor:
     """Equations 3 to 5: ``gamma m_q + (1 - gamma) m_c``, radians ``(B,)``."""
     by_class = -(1 - gamma) * target_margin / math.log(len(log_prior)) * log_prior
-    return gamma * kappa * quality + by_class[labels]
+    return gamma * kappa * quality + _of_labels(by_class, labels)
+
+
+def _of_labels(by_class: Tensor, labels: Tensor) -> Tensor:
+    """Return the value of each label's class ``(B,)``; that of an ignored label has no meaning."""
+    return by_class.index_select(0, labels.clamp(min=0))  # several times as fast as by_class[labels]
 
 
 class LDAMLoss(ClassCounted):
