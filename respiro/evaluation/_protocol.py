@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["make_record", "saw_dataset", "seeds", "selection", "stamps"]
+__all__ = ["make_record", "saw_dataset", "seeds", "selection", "stamps", "trained_elsewhere"]
 
 Record = Mapping[str, Any]
 
@@ -50,6 +50,12 @@ def saw_dataset(protocol: Record) -> bool:
     """Whether the model may have been trained on a data set of this evaluation; without a record it may."""
     trainings = _trainings(protocol)
     return not trainings or any(_of_one_dataset(protocol, training) for training in trainings)
+
+
+def trained_elsewhere(protocol: Record) -> bool:
+    """Whether the model was trained on other data sets than the train side of this record is of."""
+    trainings = _trainings(protocol)
+    return bool(trainings) and not any(_trained_on(training) & _trained_on(protocol) for training in trainings)
 
 
 def stamps(protocol: Record) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from respiro.evaluation._protocol import saw_dataset, seeds, selection, stamps
+from respiro.evaluation._protocol import seeds, selection, stamps, trained_elsewhere
 
 if TYPE_CHECKING:
     from respiro.evaluation.evaluate import Evaluation
@@ -163,7 +163,7 @@ def _header(evaluation: Evaluation) -> list[str]:
     lines = [", ".join(map(str, title)), f"{selection(protocol)}, {seeds(protocol)}"]
     lines += [f"*** {stamp} *** {meaning}" for stamp, meaning in stamps(protocol).items()]
     lines += [f"note: {note}" for note in protocol.get("notes", [])]
-    if not saw_dataset(protocol):
+    if trained_elsewhere(protocol):
         lines.append(
             "note: the model was trained on another data set; the train side that is named here, and patients who are "
             "in it too, are not the model's"

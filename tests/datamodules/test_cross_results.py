@@ -46,6 +46,7 @@ def test_a_result_knows_which_data_sets_the_model_saw(leaky_root: Path, children
     assert "disjoint Score" in str(mixed)
     far = evaluate(trained(module), cross)
     assert far.disjoint is None  # nobody is shared
+    assert "the model was trained on another data set" not in str(far)  # the train side of this record is the model's
     assert "score_disjoint" not in far.by_set
     # Trained at home, tested on the other data set by itself: its own train side is not the model's.
     children_alone = SPRSoundDataModule(children.hparams["root"], partial=True, task="icbhi4", duration=0.5)
