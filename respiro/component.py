@@ -275,8 +275,7 @@ def unit(x: Tensor) -> Tensor:
     largest = x.detach().abs().amax(dim=1, keepdim=True)
     empty = largest <= _SHORTEST
     # Scaled first, as the square of a large value is infinite; the length has no effect on the result.
-    x = x.masked_fill(empty, 1.0) / largest.masked_fill(empty, 1.0)
-    return normalize(x, dim=1).masked_fill(empty, 0.0)
+    return normalize(x / largest.masked_fill(empty, 1.0), dim=1).masked_fill(empty, 0.0)
 
 
 def _rebuild(value: Any, argument: str) -> Any:
