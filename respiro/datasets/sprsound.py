@@ -80,7 +80,8 @@ class SPRSound(RespiratoryDataset):
             zeros show it, repetition its period.
         fade: What is faded in and out.
         resample: What is resampled as a whole.
-        partial: Accept fewer recordings than the release has; :attr:`partial` then tells.
+        partial: Accept fewer recordings than the release has, and for ``split="all"`` a side without any;
+            :attr:`partial` then tells.
         download: Fetch the repository if the release is not there, see :meth:`download`, and verify it.
         verify_tls: Check the certificate of the server when downloading.
         cache_dir: Where resampled cycles are kept.
@@ -136,8 +137,9 @@ class SPRSound(RespiratoryDataset):
         self.year = year
         if download:
             self.download(self.root, year, verify_tls=verify_tls)
-        parts = _find(self.root, splits, year)
-        self.commit = _sprsound_files.find_commit(parts[splits[-1]].annotations)
+        parts = _find(self.root, splits, year, partial)
+        last = next(parts[split] for split in reversed(splits) if split in parts)
+        self.commit = _sprsound_files.find_commit(last.annotations)
         recordings, self.events, notes = _sprsound_files.read_parts(parts)
         self.partial = _is_partial(recordings, self.root, year, partial)
         for note in notes:
@@ -236,10 +238,12 @@ def _splits(split: str, year: int) -> tuple[str, ...]:
     return known[split]
 
 
-def _find(root: Path, splits: tuple[str, ...], year: int) -> dict[str, _sprsound_files.Part]:
+def _find(root: Path, splits: tuple[str, ...], year: int, partial: bool) -> dict[str, _sprsound_files.Part]:
     parts = _sprsound_files.find_parts(root, year)
     # "all" of a later release is its test set, and train where there is one.
     needed = ("test",) if year != 2022 and len(splits) > 1 else splits
+    if partial and "train" in splits[:-1]:  # "all" of a partial copy is what there is
+        needed = tuple(split for split in needed if split in parts) or needed
     for split in needed:
         if split not in parts:
             folders = _sprsound_files.folders_looked_for(split, year)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,18 @@ def test_a_release_without_a_train_side_tests_but_does_not_train(
     # The same children under another release: known by their names.
     mixed = ready(CrossDatasetDataModule(SPRSoundDataModule(sprsound_root, partial=True), source), "test")
     assert mixed.protocol["shared_patients"]
+
+
+def test_a_copy_with_test_sides_alone_tests_but_does_not_train(sprsound_root: Path, icbhi: Any, tmp_path: Path) -> None:
+    root = without(sprsound_root, tmp_path / "copy", lambda *_: True)
+    for folder in root.glob("train*"):
+        shutil.rmtree(folder)
+    source = SPRSoundDataModule(root, partial=True)
+    data = CrossDatasetDataModule(icbhi, source)
+    data.setup("test")
+    assert set(data.test_set.cycles["split"]) == {"SPRSound inter", "SPRSound intra"}
+    with pytest.raises(DatasetNotFoundError, match="has no train side"):
+        CrossDatasetDataModule(source, icbhi).setup("fit")
 
 
 def test_one_recording_cannot_be_on_two_sides(icbhi_root: Path) -> None:

@@ -343,6 +343,13 @@ def test_one_test_set_alone_is_enough(tmp_path: Path) -> None:
         SPR(tmp_path, split="test")
     with pytest.raises(DatasetNotFoundError, match="train_wav does not exist"):
         SPR(tmp_path)
+    with pytest.raises(DatasetNotFoundError, match="train_wav does not exist"):  # annotations without sound
+        SPR(tmp_path, split="all")
+    shutil.rmtree(tmp_path / "train_json")
+    assert SPR(tmp_path, split="all").all_recordings["recording"].tolist() == [INTER]
+    assert SPR(tmp_path, split="all").partial
+    with pytest.raises(DatasetNotFoundError, match=r"\(train\) not found"):
+        SPRSound(tmp_path, split="all")
 
 
 @pytest.mark.parametrize("root", ["", "absent"], ids=["empty", "absent"])
