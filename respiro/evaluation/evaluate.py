@@ -186,7 +186,7 @@ def evaluate(
             finite, or a cycle came twice or not at all.
 
     Warns:
-        UserWarning: If the data set is otherwise read or scored than the model's training data.
+        UserWarning: If the data set is otherwise read, labelled or scored than the model's training data.
     """
     if split not in _STAGES:
         raise ValueError(f"split must be one of {', '.join(map(repr, _STAGES))}, got {split!r}")
@@ -197,6 +197,7 @@ def evaluate(
     _check_classes(getattr(model, "classes", None), classes)
     _check_audio(getattr(model, "audio", None) or {}, protocol.get("audio") or {})
     _check_scoring(protocol.get("training", {}).get("scoring"), datamodule.scoring)
+    _check_labels(protocol)
     predictions = _inference.predict(
         model,
         getattr(datamodule, f"{split}_set"),
@@ -243,6 +244,20 @@ def _check_scoring(trained: str | None, scoring: str) -> None:
         warnings.warn(
             f"the model was trained on data scored by {trained!r}; this data set is scored by {scoring!r}, "
             f"and scores of two rules do not compare",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _check_labels(protocol: Mapping[str, Any]) -> None:
+    training = protocol.get("training", {})
+    # Names of label maps of one data set, and of joined ones, do not compare.
+    alike = ("trained_on" in training) == ("trained_on" in protocol) and not _protocol.trained_elsewhere(protocol)
+    trained, tested = training.get("labels"), protocol.get("labels")
+    if alike and None not in (trained, tested) and trained != tested:
+        warnings.warn(
+            f"the model was trained on labels {trained!r}; here they are {tested!r}, so that other cycles count, or "
+            f"count as another class",
             UserWarning,
             stacklevel=3,
         )

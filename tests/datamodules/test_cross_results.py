@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,22 @@ def test_a_result_knows_which_data_sets_the_model_saw(leaky_root: Path, children
     few, many = (CrossDatasetDataModule(clean, test, duration=0.5) for test in ([clean], [clean, children]))
     assert "OTHER SPLIT" not in str(evaluate(trained(few), many))
     assert "OTHER SPLIT" in str(evaluate(trained(both), many))
+
+
+@pytest.mark.parametrize(("trained_by", "tested_by"), [("qlung", "drop"), ("drop", "drop")])
+def test_another_label_map_than_that_of_the_training_is_said(
+    trained_by: Any, tested_by: Any, icbhi: Any, children: Any
+) -> None:
+    # Another test set than that of the training is nothing to warn of, another label map is.
+    model = trained(CrossDatasetDataModule(icbhi, icbhi, trained_by, duration=0.5))
+    data = CrossDatasetDataModule(icbhi, children, tested_by, duration=0.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        evaluate(model, data)
+        evaluate(model, ICBHIDataModule(icbhi.hparams["root"], duration=0.5))  # whose maps have other names
+    said = [str(warning.message) for warning in caught if "trained on labels" in str(warning.message)]
+    assert len(said) == (trained_by != tested_by)
+    assert all(f"labels '{trained_by} (" in text and f"they are '{tested_by} (" in text for text in said)
 
 
 def test_the_record_is_plain_and_names_every_part(icbhi: Any, children: Any, ready: Any) -> None:
