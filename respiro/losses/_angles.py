@@ -1,4 +1,4 @@
-"""What the margins share: the cross-entropy with the cosine of the true class moved, and checks of arguments."""
+"""What the margins share: the cross-entropy with the cosine of the true class moved."""
 
 from __future__ import annotations
 
@@ -10,17 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from respiro.losses._checks import check_positive
 from respiro.losses.classification import IGNORED, check_labels
 
-__all__ = [
-    "Moved",
-    "check_angle",
-    "check_cosine_margin",
-    "check_not_negative",
-    "check_positive",
-    "turned",
-    "with_margin",
-]
+__all__ = ["Moved", "turned", "with_margin"]
 
 #: The cosines that take the place of those of the true class ``(B,)``, and the derivative of each by the cosine it was;
 #: ``None`` where that is 1.
@@ -122,39 +115,3 @@ def _check_cosines(cosines: Tensor) -> None:
         if not -1.01 <= lowest <= highest <= 1.01:  # bfloat16 rounds by some thousandths
             hint = "look at the embeddings" if math.isnan(lowest) else "give the head's cosines, not its logits"
             raise ValueError(f"cosines must lie in [-1, 1], got {lowest:g} to {highest:g}; {hint}")
-
-
-def check_positive(name: str, value: float) -> float:
-    """Return a number that must be positive and finite."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    return float(value)
-
-
-def check_not_negative(name: str, value: float) -> float:
-    """Return a number that must be finite and at least 0."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value!r}")
-    return float(value)
-
-
-def check_cosine_margin(name: str, value: float) -> float:
-    """Return a margin on cosines, which are at most 2 apart: it must lie in [0, 2)."""
-    if not 0 <= value < 2:
-        raise ValueError(f"{name} is a difference of cosines and must lie in [0, 2), got {value!r}")
-    return float(value)
-
-
-def check_angle(name: str, value: float) -> float:
-    """Return an angle that must lie in [0, pi).
-
-    Example:
-        >>> check_angle("margin", 28.6)
-        Traceback (most recent call last):
-            ...
-        ValueError: margin must be in radians, in [0, pi), got 28.6 (28.6 degrees are 0.4992 radians)
-    """
-    if not 0 <= value < math.pi:
-        degrees = f" ({value:g} degrees are {math.radians(value):.4g} radians)" if math.pi <= value <= 180 else ""
-        raise ValueError(f"{name} must be in radians, in [0, pi), got {value!r}{degrees}")
-    return float(value)

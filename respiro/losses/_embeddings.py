@@ -5,23 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["UNKNOWN", "check_embeddings", "check_labels", "check_temperature"]
+__all__ = ["UNKNOWN", "check_embeddings", "check_labels"]
 
 #: Label of a sample whose label is not known.
 UNKNOWN = -1
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise a ``ValueError`` unless *temperature* is positive and finite.
-
-    Example:
-        >>> check_temperature(0)
-        Traceback (most recent call last):
-            ...
-        ValueError: temperature must be positive and finite, got 0
-    """
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
 
 
 def check_embeddings(**embeddings: Tensor) -> None:

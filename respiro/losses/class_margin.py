@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from respiro.losses._angles import Moved, check_angle, check_cosine_margin, check_positive, turned, with_margin
+from respiro.losses._angles import Moved, turned, with_margin
+from respiro.losses._checks import check_angle, check_cosine_margin, check_positive
 from respiro.losses._counts import ClassCounted, check_counts, counts_for, log_prior
 from respiro.losses.classification import check_labels
 

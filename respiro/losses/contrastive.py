@@ -9,7 +9,8 @@ from torch import Tensor
 
 from respiro.component import Loss, unit
 from respiro.errors import check_choice
-from respiro.losses._embeddings import UNKNOWN, check_embeddings, check_temperature
+from respiro.losses._checks import check_positive
+from respiro.losses._embeddings import UNKNOWN, check_embeddings
 from respiro.losses._gather import gather_with_grad
 from respiro.losses._mixed import check_mixed
 
@@ -134,7 +135,7 @@ def _false_negatives(labels: Tensor | None, pairs: Tensor, gather: bool) -> Tens
 
 
 def _check_settings(temperature: float, negatives: str) -> None:
-    check_temperature(temperature)
+    check_positive("temperature", temperature)
     check_choice("negatives", negatives, get_args(Negatives))
 
 

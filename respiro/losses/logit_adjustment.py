@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from respiro.losses._checks import check_not_negative
 from respiro.losses._counts import ClassCounted, log_prior
 from respiro.losses.classification import cross_entropy
 
@@ -57,9 +58,7 @@ class LogitAdjustedCrossEntropy(ClassCounted):
 
     def __init__(self, class_counts: Sequence[int] | None = None, tau: float = 1.0) -> None:
         super().__init__(class_counts)
-        if not 0 <= tau < float("inf"):
-            raise ValueError(f"tau must be finite and not negative, got {tau!r}")
-        self.tau = float(tau)
+        self.tau = check_not_negative("tau", tau)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss of the batch, a scalar."""

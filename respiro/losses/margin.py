@@ -15,15 +15,8 @@ from torch import Tensor
 
 from respiro.component import Loss
 from respiro.errors import check_choice
-from respiro.losses._angles import (
-    Moved,
-    check_angle,
-    check_cosine_margin,
-    check_not_negative,
-    check_positive,
-    turned,
-    with_margin,
-)
+from respiro.losses._angles import Moved, turned, with_margin
+from respiro.losses._checks import check_angle, check_cosine_margin, check_not_negative, check_positive
 from respiro.losses.classification import IGNORED
 
 __all__ = ["AdaFaceLoss", "ArcFaceLoss", "CosFaceLoss", "ada_face_loss", "arc_face_loss", "cos_face_loss"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from respiro.component import Loss, unit
 from respiro.errors import LabelError, check_choice
+from respiro.losses._checks import check_positive
 from respiro.losses._embeddings import UNKNOWN, check_embeddings, check_labels
 
 __all__ = ["CenterLoss", "TripletLoss", "center_loss", "triplet_loss"]
@@ -143,9 +144,7 @@ class CenterLoss(Loss):
         super().__init__()
         if num_classes < 1 or num_features < 1:
             raise ValueError(f"num_classes and num_features must be positive, got {num_classes!r} and {num_features!r}")
-        if not 0 < rate < float("inf"):
-            raise ValueError(f"rate must be positive and finite, got {rate!r}")
-        self.rate = rate
+        self.rate = check_positive("rate", rate)
         self.centers = nn.Parameter(torch.zeros(num_classes, num_features))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -165,8 +164,8 @@ class CenterLoss(Loss):
         Raises:
             ValueError: If *scale* is a number that is not positive and finite.
         """
-        if not isinstance(scale, Tensor) and not 0 < scale < float("inf"):
-            raise ValueError(f"scale must be positive and finite, got {scale!r}")
+        if not isinstance(scale, Tensor):
+            check_positive("scale", scale)
         if self.centers.grad is not None:
             self.centers.sub_(self.centers.grad * (self.rate / scale))
 

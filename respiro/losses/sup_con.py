@@ -9,8 +9,9 @@ from torch import Tensor
 
 from respiro.component import Loss
 from respiro.errors import check_choice
+from respiro.losses._checks import check_positive
 from respiro.losses._contrast import Denominator, Samples, contrast
-from respiro.losses._embeddings import check_embeddings, check_temperature
+from respiro.losses._embeddings import check_embeddings
 from respiro.losses._gather import gather_with_grad
 
 __all__ = ["NTXentLoss", "SupConLoss", "nt_xent_loss", "sup_con_loss"]
@@ -206,7 +207,7 @@ class NTXentLoss(Loss):
 
     def __init__(self, temperature: float = 0.06, gather: bool = False) -> None:
         super().__init__()
-        check_temperature(temperature)
+        check_positive("temperature", temperature)
         self.temperature = temperature
         self.gather = gather
 
@@ -216,5 +217,5 @@ class NTXentLoss(Loss):
 
 
 def _check_settings(temperature: float, denominator: str) -> None:
-    check_temperature(temperature)
+    check_positive("temperature", temperature)
     check_choice("denominator", denominator, get_args(Denominator))

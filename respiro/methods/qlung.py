@@ -115,7 +115,8 @@ class QLung(SoundClassifier):
             )
         self.ce_weight, self.margin_weight = float(ce_weight), float(margin_weight)
         self.margin = build(DualFactorAngularMarginLoss() if margin is None else margin, Loss, "margin")
-        self.margin_inputs = _inputs(self.margin)
+        inputs = _inputs(self.margin)
+        self.margin_inputs = inputs if margin_weight else ()
         self.quality = build(self._default_quality() if quality is None else quality, Transform, "quality")
         if not share_weights and not (ce_weight and margin_weight):
             raise ValueError(
